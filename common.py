@@ -1,0 +1,848 @@
+"""What the four papers take for granted; no method lives here. Read it once, top to bottom.
+
+    1. Command line and run      base_parser, finish_args, entry, sgd, Run, result_table
+    2. Data                      Data, load_data
+    3. Models                    CifarResNet, build_model, full_precision
+    4. Quantizers                fake_quantize, Quantizer, QuantConv2d, QuantLinear, quantize,
+                                 calibrate, export_int
+    5. Evaluation and flatness   evaluate, hessian_trace, hessian_top_eigenvalue
+
+Symbols follow the papers' shared protocol (FPQ, arXiv 2503.11159, section 3.1): step s, zero point z,
+bits q, integer x_int, de-quantized value x_hat.
+"""
+
+import sys
+
+try:
+    import torch
+except KeyboardInterrupt:  # importing takes seconds; Ctrl-C then should be as quiet as later on
+    sys.exit(130)
+import argparse
+import copy
+import hashlib
+import json
+import math
+import os
+import shlex
+import socket
+import threading
+import time
+import urllib.request
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+MODELS = ["resnet8", "resnet20", "resnet18"]
+DATASETS = ["auto", "cifar10", "cifar100", "fashion_mnist", "folder", "shapes"]
+
+# ------------------------------------------------------------------------ 1. Command line and run
+
+
+class UsageError(Exception):
+    """Something the user can put right: reported in one line, exit code 2, no traceback."""
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str):  # argparse prints the whole usage first; one line is clearer
+        self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
+
+
+def number(kind: type, low: float, high: float) -> Callable:
+    """An argparse type: a `kind` (int or float) within [low, high]; nan is refused."""
+    def parse(text: str):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not low <= value <= high:
+            word = "a whole number" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"{text!r} should be {word} from {low:g} to {high:g}")
+        return value
+    return parse
+
+
+def base_parser(description: str) -> Parser:
+    """The flags that all scripts share; defaults are quick, `--recipe paper` is the protocol."""
+    p = Parser(description=description, allow_abbrev=False,
+               formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    bits, count, seed = number(int, 2, 8), number(int, 1, 10**9), number(int, 0, 2**31)
+    add = p.add_argument
+    add("--bits", type=bits, default=2, help="of weights and activations")
+    add("--wbits", type=bits, help="of weights (default: --bits)")
+    add("--abits", type=bits, help="of activations (default: --bits)")
+    add("--model", choices=MODELS, default="resnet8", help="network")
+    add("--quantizer", choices=["lsq"], default="lsq", help="how steps are learned")
+    add("--dataset", choices=DATASETS, default="auto", help="auto: cifar10 if at hand, else shapes")
+    add("--data-dir", type=Path, default=Path("data"), help="where data sets lie")
+    add("--train-size", type=count, help="class-balanced subset of the training images")
+    add("--epochs", type=count, default=15, help="quantization-aware epochs")
+    add("--fp-epochs", type=count, default=15, help="full-precision epochs before them")
+    add("--batch-size", type=number(int, 2, 10**6), default=128, help="images per step")
+    add("--lr", type=number(float, 1e-9, 1e3), default=0.02, help="peak, quantized epochs")
+    add("--weight-decay", type=number(float, 0, 1), default=5e-4, help="on all but steps")
+    add("--seed", type=seed, nargs="+", default=[0], help="each runs every method once")
+    add("--fp-seed", type=seed, default=0, help="of full precision and of --train-size")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps, ...")
+    add("--out", type=Path, default=Path("runs"), help="checkpoints and results.jsonl")
+    add("--resume", action="store_true", help="go on where the same command stopped")
+    add("--dry-run", action="store_true", help="two steps of everything, into OUT/dry-run")
+    return p
+
+
+def finish_args(args: argparse.Namespace) -> argparse.Namespace:
+    """Fill in what depends on other flags; find out now, not after an hour, what cannot work."""
+    args.wbits, args.abits = args.wbits or args.bits, args.abits or args.bits
+    if len(set(args.seed)) < len(args.seed):
+        raise UsageError("--seed names a seed twice; name each once")
+    if args.device == "auto":
+        args.device = ("cuda" if torch.cuda.is_available()
+                       else "mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        args.device = torch.device(args.device)
+        torch.zeros(1, device=args.device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UsageError(f"--device {args.device} cannot be used here "
+                         f"({str(error).splitlines()[0]}); try --device cpu") from None
+    if args.dry_run:
+        args.out, args.epochs, args.fp_epochs = args.out / "dry-run", 1, 1
+        args.batch_size = min(args.batch_size, 32)
+    args.out.mkdir(parents=True, exist_ok=True)
+    open(args.out / "results.jsonl", "a").close()  # an unwritable --out shows before any work
+    torch.backends.cudnn.deterministic = True  # same command, same machine: same bits
+    return args
+
+
+def entry(main: Callable[[], None]) -> None:
+    """Run a script. What a user can cause ends in one line: 2 usage or disk, 3 loss, 130 Ctrl-C."""
+    try:
+        return main()
+    except (UsageError, OSError) as error:
+        code, line = 2, f"error: {error}"
+    except FloatingPointError as error:
+        code, line = 3, f"stopped: {error}"
+    except KeyboardInterrupt:
+        code, line = 130, "interrupted; --resume goes on from the last whole epoch"
+    print(f"\n{Path(sys.argv[0]).name}: {line}", file=sys.stderr)
+    sys.exit(code)
+
+
+def sgd(model: nn.Module, lr: float, weight_decay: float, **options) -> torch.optim.SGD:
+    """SGD, momentum 0.9; no weight decay on the quantizers' steps, which are scales."""
+    groups = ([], [])
+    for name, parameter in model.named_parameters():
+        groups[name.endswith(".step")].append(parameter)
+    return torch.optim.SGD([{"params": groups[0], "weight_decay": weight_decay},
+                            {"params": groups[1], "weight_decay": 0}], lr, momentum=0.9, **options)
+
+
+def cosine_lr(step: int, total: int, peak: float, warmup: float = 0.0) -> float:
+    """Linear to `peak` over the first `warmup` share of `total` steps, then cosine to 0.
+    A pure function of the step, so that resuming needs no scheduler state."""
+    ramp = warmup * total
+    if step < ramp:
+        return peak * (step + 1) / (ramp + 1)
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - ramp) / (total - ramp)))
+
+
+class Run:
+    """The book-keeping of one training run, so that a script's loop is the paper's lines only:
+
+        run = Run(args, data, student, optimizer, "fpq", seed, args.epochs, args.lr)
+        for epoch in run.epochs():                 # seeds, row, evaluation, checkpoint, resume
+            for images, labels in run.batches():   # augmented batches, learning rate
+                ...
+                run.log(loss=loss)                 # a mean over the epoch, no waiting for the device
+        result = run.finish()                      # the line in results.jsonl
+
+    Randomness restarts from (seed, epoch), so resuming at an epoch's start is bit-identical.
+    `header` names all that made the run; a checkpoint with another one is refused.
+    """
+
+    def __init__(self, args: argparse.Namespace, data: "Data", model: nn.Module,
+                 optimizer: torch.optim.Optimizer, method: str, seed: int, epochs: int, lr: float,
+                 warmup: float = 0.0, header: dict | None = None):
+        self.args, self.data, self.model, self.optimizer = args, data, model, optimizer
+        self.method, self.seed, self.total, self.peak, self.warmup = method, seed, epochs, lr, warmup
+        self.script, self.history, self.finished = Path(sys.argv[0]).stem, [], None
+        flags = {k: str(v) for k, v in sorted(vars(args).items()) if k not in (
+            "bits out resume seed data_dir device ablate compare diagnose recipe").split()}
+        self.header = header or flags | {"script": self.script, "method": method, "seed": seed,
+                                         "dataset": data.name, "data": data.fingerprint}
+        name = f"{self.script}-{method}-{args.model}-{data.name}-w{args.wbits}a{args.abits}-s{seed}"
+        if header:
+            digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode()).hexdigest()
+            name = f"{method}-{args.model}-{data.name}-{digest[:8]}"
+        self.path = args.out / f"{name}.pt"
+        if (args.resume or header) and self.path.exists():
+            self.load()
+
+    def load(self) -> None:
+        try:
+            state = torch.load(self.path, map_location="cpu", weights_only=True)
+            found = state["header"]
+        except Exception as error:  # torch.load raises half a dozen kinds for a damaged file
+            raise UsageError(f"{self.path} is damaged or none of ours ({type(error).__name__}); "
+                             "delete it to start afresh") from None
+        for key in self.header | found:
+            mine, theirs = self.header.get(key), found.get(key)
+            if mine != theirs:
+                raise UsageError(f"{self.path} was made with {key} {theirs}, this command says "
+                                 f"{mine}; take another --out or leave --resume away")
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.history, self.finished = state["history"], state["finished"]
+
+    def save(self) -> None:
+        part = self.path.with_suffix(f".{os.getpid()}.part")  # whole or absent, never half
+        torch.save({"header": self.header, "model": self.model.state_dict(),
+                    "optimizer": self.optimizer.state_dict(), "history": self.history,
+                    "finished": self.finished}, part)
+        os.replace(part, self.path)
+
+    def epochs(self) -> Iterator[int]:
+        for epoch in range(len(self.history), self.total):
+            started = time.perf_counter()
+            torch.manual_seed(self.seed * 100_003 + epoch)
+            self.epoch, self.sums, self.steps, self.notes = epoch, {}, 0, {}
+            self.model.train()
+            yield epoch
+            seconds = time.perf_counter() - started
+            means = {k: v.item() / self.steps for k, v in self.sums.items()}
+            if not all(map(math.isfinite, means.values())):
+                raise FloatingPointError(
+                    f"{self.method}: the loss is not finite in epoch {epoch + 1}, learning rate "
+                    f"{self.optimizer.param_groups[0]['lr']:.3g}; try a smaller --lr. The "
+                    "checkpoint of the epoch before is kept")
+            acc, loss = evaluate(self.model, self.data)
+            self.history.append({"epoch": epoch + 1, **means, "test_loss": loss, "test_acc": acc,
+                                 "seconds": seconds, **self.notes})
+            self.save()
+            left = int((self.total - epoch - 1) * np.mean([h["seconds"] for h in self.history]))
+            print(f"{self.method:<5} seed {self.seed}  epoch {epoch + 1:>3}/{self.total}  "
+                  + "  ".join(f"{k} {v:.4f}" for k, v in means.items())
+                  + f"  test loss {loss:.4f}  test acc {acc:5.2f} %  {seconds:5.1f} s  "
+                  f"left {left // 60}:{left % 60:02d}", flush=True)
+
+    def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        draws = torch.Generator().manual_seed(self.seed * 100_003 + self.epoch)
+        steps = self.data.steps(self.args.batch_size)
+        for i, batch in enumerate(self.data.batches(self.args.batch_size, draws)):
+            for group in self.optimizer.param_groups:
+                group["lr"] = cosine_lr(self.epoch * steps + i, self.total * steps, self.peak,
+                                        self.warmup)
+            self.steps = i + 1
+            yield batch
+
+    def log(self, **losses: Tensor) -> None:
+        for name, value in losses.items():
+            self.sums[name] = self.sums.get(name, 0) + value.detach()
+
+    def note(self, **numbers: float) -> None:
+        """Keep numbers of this epoch in the history, so that they survive a resume."""
+        self.notes |= numbers
+
+    def finish(self, wbits: int | None = None, abits: int | None = None) -> dict:
+        """The result as a dict; appended to results.jsonl once, however often it is resumed."""
+        if self.finished:
+            print(f"{self.method:<5} seed {self.seed}  already trained: {self.path}")
+            return self.finished
+        a, last = self.args, self.history[-1]
+        self.finished = {
+            "script": self.script, "method": self.method, "dataset": self.data.name,
+            "model": a.model, "wbits": wbits or a.wbits, "abits": abits or a.abits,
+            "seed": self.seed, "epochs": self.total, "train_size": len(self.data.train_labels),
+            "test_acc": last["test_acc"], "test_loss": last["test_loss"],
+            "seconds_per_epoch": float(np.mean([h["seconds"] for h in self.history])),
+            "torch": str(torch.__version__), "device": str(a.device),
+            "command": shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])}
+        with open(a.out / "results.jsonl", "ab", buffering=0) as file:  # one write, a whole line
+            file.write(json.dumps(self.finished).encode() + b"\n")
+        self.save()
+        return self.finished
+
+
+def result_table(results: list[dict], baseline: str) -> str:
+    """One row per method: accuracy of the last epoch, mean ± standard deviation over seeds (n-1)."""
+    groups = {}
+    for r in results:
+        groups.setdefault(r["method"], []).append(r)
+    mean = {m: np.mean([r["test_acc"] for r in group]) for m, group in groups.items()}
+    r = results[0]
+    lines = [f"\n{r['dataset']}, {r['train_size']} training images, {r['model']}, last epoch",
+             f"{'method':<8}{'W/A':<7}{'test acc %':<15}{'vs ' + baseline:<9}{'test loss':<11}"
+             f"{'epochs':<8}{'s/epoch':<9}seeds"]
+    for method, group in groups.items():
+        spread = np.std([r["test_acc"] for r in group], ddof=1) if len(group) > 1 else None
+        acc = f"{mean[method]:.2f}" + (f" ± {spread:.2f}" if spread is not None else "")
+        delta = f"{mean[method] - mean[baseline]:+.2f}" if baseline in mean else ""
+        r = group[0]
+        lines.append(f"{method:<8}{'{wbits}/{abits}'.format(**r):<7}{acc:<15}{delta:<9}"
+                     f"{np.mean([r['test_loss'] for r in group]):<11.4f}{r['epochs']:<8}"
+                     f"{np.mean([r['seconds_per_epoch'] for r in group]):<9.1f}{len(group)}")
+    return "\n".join(lines)
+
+
+# --------------------- 2. Data: uint8, whole on the device, one vectorised crop and flip per batch
+
+PUBLISHED = {  # mean and deviation of the training pixels in [0, 1], as commonly published
+    "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+    "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762))}
+PAD = 4  # black pixels around a training image, out of which a random 32 x 32 window is cut
+
+
+@dataclass
+class Data:
+    """Images uint8 N x 32 x 32 x 3, labels int64 N, on one device; mean and std of 3 channels."""
+
+    name: str
+    classes: int
+    train_images: Tensor
+    train_labels: Tensor
+    test_images: Tensor
+    test_labels: Tensor
+    mean: Tensor
+    std: Tensor
+    fingerprint: int  # of all pixels and labels used: checkpoints carry it
+
+    def __post_init__(self):
+        self.padded = F.pad(self.train_images, (0, 0, PAD, PAD, PAD, PAD))
+
+    def normalize(self, images: Tensor) -> Tensor:
+        """uint8 N x H x W x 3 -> float N x 3 x H x W, a view in channels_last order."""
+        return images.float().div_(255).sub_(self.mean).div_(self.std).permute(0, 3, 1, 2)
+
+    def steps(self, batch_size: int) -> int:
+        """Batches per epoch. What is left over at the end is dropped: batch norm wants no rump."""
+        return max(1, len(self.train_labels) // batch_size)
+
+    def batches(self, batch_size: int, draws: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
+        """One shuffled, augmented epoch of (images N x 3 x 32 x 32, labels N). `draws` lives on the
+        CPU, so that a seed means the same batches on every device."""
+        order = torch.randperm(len(self.train_labels), generator=draws).to(self.padded.device)
+        for index in order.split(batch_size)[:self.steps(batch_size)]:
+            yield self.augment(index, draws), self.train_labels[index]
+
+    def augment(self, index: Tensor, draws: torch.Generator) -> Tensor:
+        """The training images `index`, each cropped and flipped at random, normalised."""
+        corner = torch.randint(0, 2 * PAD + 1, (2, len(index), 1), generator=draws)
+        flip = torch.randint(0, 2, (len(index), 1), generator=draws).bool()
+        line = torch.arange(32)
+        rows = (corner[0] + line).to(index.device)
+        columns = (corner[1] + torch.where(flip, 31 - line, line)).to(index.device)
+        return self.normalize(
+            self.padded[index[:, None, None], rows[:, :, None], columns[:, None, :]])
+
+    def sample(self, count: int) -> tuple[Tensor, Tensor]:
+        """`count` fixed random training images, not augmented: for calibration and diagnosis."""
+        index = torch.randperm(len(self.train_labels), generator=torch.Generator().manual_seed(0))
+        index = index[:count].to(self.train_labels.device)
+        return self.normalize(self.train_images[index]), self.train_labels[index]
+
+
+def load_data(name: str, data_dir: Path, train_size: int | None = None, seed: int = 0,
+              device: torch.device | str = "cpu", dry_run: bool = False) -> Data:
+    """A data set by name; `train_size` draws a class-balanced subset by `seed`.
+
+    "auto" is CIFAR-10 if at hand, else shapes, and says so. UsageError for missing or bad data.
+    """
+    readers = {"folder": read_folder, "shapes": lambda _: draw_shapes()}
+    try:
+        real = "cifar10" if name == "auto" else name
+        arrays = readers[real](data_dir) if real in readers else read_torchvision(real, data_dir)
+    except UsageError as error:
+        if name != "auto":
+            raise
+        real, bar = "shapes", "!" * 99
+        print(f"{bar}\n!! {error}\n!! Training on the drawn data set 'shapes' instead: its figures "
+              f"say nothing about CIFAR-10.\n{bar}", file=sys.stderr)
+        arrays = draw_shapes()
+    train_x, train_y, test_x, test_y, classes = arrays
+    if train_size is not None:
+        if not classes <= train_size <= len(train_y):
+            raise UsageError(f"--train-size {train_size} should be from {classes} (the classes of "
+                             f"{real}) to {len(train_y)} (its training images)")
+        keep = balanced_subset(train_y, train_size, seed)
+        train_x, train_y = train_x[keep], train_y[keep]
+    if dry_run:
+        train_x, train_y, test_x, test_y = train_x[:64], train_y[:64], test_x[:64], test_y[:64]
+    pixels = train_x[:10_000].float().div(255).flatten(0, 2)  # float32 sums stay exact enough
+    measured = pixels.mean(0), pixels.std(0).clamp_min(1e-3)
+    mean, std = map(torch.tensor, PUBLISHED[real]) if real in PUBLISHED else measured
+    fingerprint = 0
+    for part in (train_x, train_y, test_x, test_y):
+        fingerprint = zlib.crc32(part.numpy(), fingerprint)
+    parts = (part.to(device) for part in (train_x, train_y, test_x, test_y, mean, std))
+    return Data(real, classes, *parts, fingerprint)
+
+
+def balanced_subset(labels: Tensor, size: int, seed: int) -> Tensor:
+    """Indices of `size` random examples, the classes as equal in number as the data allows."""
+    order = np.random.default_rng(seed).permutation(len(labels))
+    shuffled = labels.numpy()[order]
+    rank = np.empty(len(labels), np.int64)  # how many of its class come earlier
+    for c in np.unique(shuffled):
+        rank[shuffled == c] = np.arange((shuffled == c).sum())
+    return torch.from_numpy(np.sort(order[np.argsort(rank, kind="stable")[:size]]))
+
+
+def import_torchvision():
+    """torchvision, also where its compiled operators do not fit the installed torch: a CPU torch
+    beside the usual wheel lacks two box operators, which nothing here uses. Declare, try again."""
+    try:
+        import torchvision
+    except RuntimeError as error:
+        if "torchvision::nms" not in str(error):
+            raise
+        import_torchvision.library = library = torch.library.Library("torchvision", "FRAGMENT")
+        for operator in ("nms", "qnms"):
+            library.define(f"{operator}(Tensor dets, Tensor scores, float threshold) -> Tensor")
+        for name in [n for n in sys.modules if n.split(".")[0] == "torchvision"]:
+            del sys.modules[name]
+        import torchvision
+    return torchvision
+
+
+def reachable(url: str, seconds: float = 4.0) -> bool:
+    """Whether `url` answers in time; asked in a thread, as looking up a name knows no time-out."""
+    answers = []
+
+    def ask():
+        try:
+            answers.append(urllib.request.urlopen(url, timeout=seconds).close())
+        except (OSError, ValueError):
+            return  # whatever the reason: it cannot be reached
+
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return bool(answers)
+
+
+def read_torchvision(name: str, data_dir: Path) -> tuple:
+    """cifar10, cifar100 or fashion_mnist, which torchvision downloads and verifies."""
+    datasets = import_torchvision().datasets
+    kind, url = {"cifar10": (datasets.CIFAR10, datasets.CIFAR10.url),
+                 "cifar100": (datasets.CIFAR100, datasets.CIFAR100.url),
+                 "fashion_mnist": (datasets.FashionMNIST, datasets.FashionMNIST.mirrors[0])}[name]
+    try:
+        parts = [kind(data_dir, train) for train in (True, False)]
+    except RuntimeError:  # not there, or not whole
+        if not reachable(url):
+            raise UsageError(f"{name} is not in {data_dir} and its host cannot be reached; "
+                             "--dataset shapes needs neither") from None
+        socket.setdefaulttimeout(15)  # a download that stalls should fail, not hang
+        try:
+            parts = [kind(data_dir, train, download=True) for train in (True, False)]
+        except (OSError, RuntimeError) as error:
+            raise UsageError(f"{name} could not be downloaded: {error}") from None
+    out = []
+    for part in parts:
+        images = torch.as_tensor(part.data)
+        if images.dim() == 3:  # grey, 28 x 28: centred on 32 x 32, three equal channels
+            images = F.pad(images, (2, 2, 2, 2))[..., None].repeat(1, 1, 1, 3)
+        out += [images, torch.as_tensor(part.targets)]
+    return *out, len(parts[0].classes)
+
+
+def read_folder(data_dir: Path) -> tuple:
+    """DIR/train/<class>/* and DIR/test/<class>/*: any image format, resized to 32 x 32."""
+    datasets, out, classes = import_torchvision().datasets, [], []
+    for part in ("train", "test"):
+        try:
+            folder = datasets.ImageFolder(data_dir / part)
+        except OSError as error:
+            raise UsageError(f"--data-dir {data_dir} should hold train/<class>/* and "
+                             f"test/<class>/*: {str(error).splitlines()[0]}") from None
+        images = np.empty((len(folder), 32, 32, 3), np.uint8)
+        for i, (path, _) in enumerate(folder.samples):
+            try:
+                image = folder.loader(path)
+                images[i] = image if image.size == (32, 32) else image.resize((32, 32))
+            except (OSError, SyntaxError, ValueError) as error:
+                raise UsageError(f"{path} cannot be read as an image: {error}") from None
+        classes.append(folder.classes)
+        out += [torch.from_numpy(images), torch.tensor(folder.targets)]
+    if classes[0] != classes[1] or len(classes[0]) < 2:
+        raise UsageError(f"{data_dir} should have the same classes, two or more, in train and in "
+                         f"test, not {len(classes[0])} and {len(classes[1])}")
+    return *out, len(classes[0])
+
+
+def polygon(x: np.ndarray, y: np.ndarray, corners: int) -> np.ndarray:
+    angles = 2 * np.pi * np.arange(corners) / corners
+    return np.max([x * np.cos(a) + y * np.sin(a) for a in angles], axis=0)
+
+
+def box(x: np.ndarray, y: np.ndarray, width: float, height: float) -> np.ndarray:
+    return np.maximum(np.abs(x) - width, np.abs(y) - height)
+
+
+SHAPES = {  # signed distance to a shape of about unit size, negative inside
+    "disk": lambda x, y: np.hypot(x, y) - 0.85,
+    "ring": lambda x, y: np.abs(np.hypot(x, y) - 0.7) - 0.2,
+    "square": lambda x, y: box(x, y, 0.75, 0.75),
+    "bar": lambda x, y: box(x, y, 1.0, 0.35),
+    "cross": lambda x, y: np.minimum(box(x, y, 0.95, 0.27), box(x, y, 0.27, 0.95)),
+    "triangle": lambda x, y: polygon(x, y, 3) - 0.5,
+    "hexagon": lambda x, y: polygon(x, y, 6) - 0.8,
+    "star": lambda x, y: np.hypot(x, y) - 0.7 - 0.3 * np.cos(5 * np.arctan2(y, x)),
+    "crescent": lambda x, y: np.maximum(np.hypot(x, y) - 0.9, 0.75 - np.hypot(x - 0.45, y)),
+    "dumbbell": lambda x, y: np.hypot(np.abs(x) - 0.6, y) - 0.4}
+
+
+def draw_shapes(train: int = 6000, test: int = 2000, seed: int = 0) -> tuple:
+    """Ten drawn shapes of random place, size, turn and colour over clutter and noise; the classes
+    in equal shares. Deterministic in `seed`, needs no download."""
+    rng, count, pixel = np.random.default_rng(seed), train + test, np.arange(32, dtype=np.float32)
+
+    def uniform(low, high, *shape):
+        return rng.uniform(low, high, (count, *shape)).astype(np.float32)
+
+    def draw(image, kinds, size, opacity):
+        """Lay one shape of kind kinds[i] and random colour over image[i]."""
+        size, turn, cx, cy = uniform(*size, 1, 1), uniform(0, 2 * np.pi, 1, 1), *(
+            uniform(9, 22, 1, 1) for _ in range(2))
+        dx, dy = (pixel[None, None, :] - cx) / size, (pixel[None, :, None] - cy) / size
+        x, y = np.cos(turn) * dx + np.sin(turn) * dy, np.cos(turn) * dy - np.sin(turn) * dx
+        cover = np.empty((count, 32, 32), np.float32)
+        for k, distance in enumerate(SHAPES.values()):
+            of = kinds == k
+            cover[of] = np.clip(0.5 - distance(x[of], y[of]) * size[of], 0, 1)  # soft, 1 pixel wide
+        return image + opacity * cover[..., None] * (uniform(0.1, 0.9, 1, 1, 3) - image)
+
+    labels = rng.permutation(np.arange(count) % len(SHAPES))
+    tilt = (pixel[:, None, None] - 15.5) / 32
+    image = uniform(0.1, 0.9, 1, 1, 3) + tilt * uniform(-0.4, 0.4, 1, 1, 3) + np.zeros((32, 1), "f")
+    image = draw(image, rng.integers(0, len(SHAPES), count), (2, 4), 0.6)  # clutter
+    image = draw(image, labels, (5, 10), 1.0)
+    image = image + rng.normal(0, 0.08, image.shape).astype(np.float32)
+    images = torch.from_numpy(np.clip(image * 255, 0, 255).astype(np.uint8))
+    labels = torch.from_numpy(labels)
+    return images[:train], labels[:train], images[train:], labels[train:], len(SHAPES)
+
+# ------------------------------------------------------------------------------------- 3. Models
+
+
+class Block(nn.Module):
+    """Two 3 x 3 convolutions beside a shortcut, which is a 1 x 1 convolution if the shape changes."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int):
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(outputs)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(outputs)
+        self.shortcut = nn.Identity() if inputs == outputs else nn.Sequential(
+            nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.bn2(self.conv2(F.relu_(self.bn1(self.conv1(x)))))
+        return F.relu_(out + self.shortcut(x))
+
+
+class CifarResNet(nn.Module):
+    """Residual network for N x 3 x 32 x 32: a stem, then stages of blocks, each twice as wide."""
+
+    def __init__(self, stages: list[int], classes: int, width: int = 16):
+        super().__init__()
+        self.conv = nn.Conv2d(3, width, 3, 1, 1, bias=False)
+        self.bn = nn.BatchNorm2d(width)
+        blocks, inputs = [], width
+        for i, count in enumerate(stages):
+            for j in range(count):
+                blocks.append(Block(inputs, width * 2**i, stride=2 if i > 0 and j == 0 else 1))
+                inputs = width * 2**i
+        self.blocks = nn.Sequential(*blocks)
+        self.fc = nn.Linear(inputs, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.blocks(F.relu_(self.bn(self.conv(x)))).mean((2, 3)))
+
+
+def build_model(name: str, classes: int) -> nn.Module:
+    """A network for N x 3 x 32 x 32 images, freshly initialised from torch's global generator."""
+    if name == "resnet8":  # MLPerf Tiny, 78 k parameters
+        return CifarResNet([1, 1, 1], classes)
+    if name == "resnet20":  # He et al. 2016, section 4.2, with 1 x 1 convolutions as shortcuts
+        return CifarResNet([3, 3, 3], classes)
+    model = import_torchvision().models.resnet18(num_classes=classes)
+    model.conv1 = nn.Conv2d(3, 64, 3, 1, 1, bias=False)  # the usual stem for 32 x 32 images
+    model.maxpool = nn.Identity()
+    return model
+
+
+FP_LR, FP_WARMUP = 0.2, 0.2  # peak learning rate per 128 images a step, share of rising epochs
+
+
+def full_precision(args: argparse.Namespace, data: Data) -> tuple[nn.Module, dict]:
+    """The full-precision network in eval mode and its result. Trained once: the checkpoint names
+    all that made it, so that seeds, methods and scripts share it and other settings do not."""
+    header = {"model": args.model, "dataset": data.name, "data": data.fingerprint,
+              "fp_seed": args.fp_seed, "fp_epochs": args.fp_epochs, "lr": FP_LR,
+              "warmup": FP_WARMUP, "batch_size": args.batch_size, "decay": args.weight_decay}
+    torch.manual_seed(args.fp_seed)
+    model = build_model(args.model, data.classes)
+    model = model.to(args.device, memory_format=torch.channels_last)
+    lr = FP_LR * args.batch_size / 128
+    optimizer = sgd(model, lr, args.weight_decay, nesterov=True)
+    run = Run(args, data, model, optimizer, "fp", args.fp_seed, args.fp_epochs, lr, FP_WARMUP,
+              header)
+    for _ in run.epochs():
+        for images, labels in run.batches():
+            loss = F.cross_entropy(model(images), labels)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            run.log(loss=loss)
+    return model.eval(), run.finish(32, 32)
+
+
+# ------------------- 4. Quantizers: LSQ (Esser et al. 2020) with a fixed zero point (FPQ, Eq. 3-5)
+
+TINY = 1e-12  # no step is smaller: keeps x / s finite should a step be exactly 0
+
+
+class FakeQuantize(torch.autograd.Function):
+    """`fake_quantize` with both gradients in few passes over memory."""
+
+    @staticmethod
+    def forward(ctx, x, step, zero_point, qmin, qmax, grad_scale):
+        x_int = (x / step).round_().add_(zero_point).clamp_(qmin, qmax)
+        x_hat = x_int.sub_(zero_point).mul_(step)
+        ctx.save_for_backward(x, x_hat, step, zero_point)
+        ctx.bounds, ctx.grad_scale = (float(qmin), float(qmax)), grad_scale
+        return x_hat
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, x_hat, step, zero_point = ctx.saved_tensors
+        # dL/dx: the derivative of a hard tanh, one pass where a mask of booleans takes five. Its
+        # result takes the place of v, unless a second derivative is wanted, which still needs v.
+        v = (x / step).add_(zero_point)
+        place = {} if torch.is_grad_enabled() else {"grad_input": v}
+        grad_x = torch.ops.aten.hardtanh_backward(grad, v, *ctx.bounds, **place)
+        # dL/ds = (<grad, x_hat> - <grad_x, x>) / s, as x_hat = round(v) s inside and Qn s or Qp s
+        # outside: two inner products in place of a tensor of derivatives.
+        if step.numel() == 1:
+            flat = [in_memory_order(t, x) for t in (grad, x_hat, grad_x, x)]
+            grad_step = (torch.dot(*flat[:2]) - torch.dot(*flat[2:])).reshape(step.shape)
+        else:
+            grad_step = (grad * x_hat - grad_x * x).sum_to_size(step.shape)
+        return grad_x, grad_step * (ctx.grad_scale / step), None, None, None, None
+
+
+def in_memory_order(t: Tensor, like: Tensor) -> Tensor:
+    """t as a vector, in the order in which `like` lies in memory: a view if both lie alike."""
+    channels_last = like.dim() == 4 and like.is_contiguous(memory_format=torch.channels_last)
+    return (t.permute(0, 2, 3, 1) if channels_last else t).reshape(-1)
+
+
+def fake_quantize(x: Tensor, step: Tensor, zero_point: Tensor, qmin: int, qmax: int,
+                  grad_scale: float = 1.0) -> Tensor:
+    """Quantize and de-quantize (FPQ Eq. 3) with the gradients of LSQ (its Eq. 3 and 5).
+
+        x_hat     = (clip(round(x/s) + z, q_min, q_max) - z) * s
+        dx_hat/dx = 1 if q_min < x/s + z < q_max else 0
+        dx_hat/ds = round(v) - v inside, Qn below, Qp above; v = x/s, Qn = q_min - z, Qp = q_max - z
+
+    step (> 0) and zero_point (integers, fixed) broadcast against x; grad_scale multiplies dL/ds.
+    The mask is on the value before rounding. Twice differentiable.
+    """
+    return FakeQuantize.apply(x, step, zero_point, qmin, qmax, grad_scale)
+
+
+class Quantizer(nn.Module):
+    """A learned step and a fixed zero point, for a tensor or for each of its `channels` (dim 0).
+
+    bits: 1 to 8. The grid is [0, 2^bits - 1] with a zero point from the data, or signed around 0 if
+    `symmetric`. step is NaN until calibrated; only its magnitude counts, so it may cross zero.
+    """
+
+    def __init__(self, bits: int, symmetric: bool = False, channels: int | None = None):
+        super().__init__()
+        if not 1 <= bits <= 8:
+            raise ValueError(f"bits should be from 1 to 8, not {bits}")
+        self.bits, self.symmetric, self.channels = bits, symmetric, channels
+        self.qmin = -(2 ** (bits - 1)) if symmetric else 0
+        self.qmax = self.qmin + 2**bits - 1
+        shape = () if channels is None else (channels,)
+        self.step = nn.Parameter(torch.full(shape, math.nan))
+        self.register_buffer("zero_point", torch.zeros(shape))
+        self.ready = False  # once a step is seen to be no NaN, it is not looked at again
+
+    def grid(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(|step|, zero point), shaped to broadcast against x."""
+        shape = [-1] + [1] * (x.dim() - 1) if self.channels else []
+        return self.step.abs().clamp_min(TINY).reshape(shape), self.zero_point.reshape(shape)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.ready:
+            if self.step.isnan().any():
+                raise RuntimeError("quantizer without a step: call common.calibrate(qmodel, images)")
+            self.ready = True
+        # LSQ's gradient scale 1 / sqrt(N Qp), N the elements that share a step.
+        scale = (x.numel() / self.step.numel() * max(self.qmax, 1)) ** -0.5
+        return fake_quantize(x, *self.grid(x), self.qmin, self.qmax, scale)
+
+    @torch.no_grad()
+    def initialize(self, x: Tensor, candidates: int = 100) -> None:
+        """Step and zero point from data by Eq. 4-5, on the range a [x_min, x_max] that quantizes x
+        with the least squared error [choice; the paper's is a = 1].
+
+            s = a (x_max - x_min) / (2^q - 1),    z = round(q_max - a x_max / s)
+        """
+        rows = x.reshape(self.channels or 1, -1)
+        low, high = rows.amin(1).clamp_max(0), rows.amax(1).clamp_min(0)  # 0 stays representable
+        if self.symmetric:
+            high = torch.maximum(-low, high)
+            low = -high
+        step = (high - low) / (self.qmax - self.qmin)
+        # A channel of zeros has no range: it takes the largest step of the others, or 1.
+        step = torch.where(step > TINY, step, step.max() if step.max() > TINY else step + 1)
+        zero = (self.qmax - high / step).round() * (not self.symmetric)
+        rows = rows[:, ::1 + rows.shape[1] // 65536]  # a sample of a large tensor is enough
+        shrink = torch.arange(1, candidates + 1, device=x.device) / candidates
+        error = torch.stack([
+            (fake_quantize(rows, (a * step)[:, None], zero[:, None], self.qmin, self.qmax)
+             - rows).square().sum(1) for a in shrink])
+        self.step.copy_((step * shrink[error.argmin(0)]).reshape(self.step.shape))
+        self.zero_point.copy_(zero.reshape(self.step.shape))
+
+
+class QuantConv2d(nn.Module):
+    """Convolution with quantized input and weight; takes over the parameters of `conv`."""
+
+    def __init__(self, conv: nn.Conv2d, wbits: int, abits: int):
+        super().__init__()
+        if conv.padding_mode != "zeros":
+            raise ValueError(f"padding_mode should be 'zeros', not {conv.padding_mode!r}")
+        self.weight, self.bias = conv.weight, conv.bias
+        self.geometry = conv.stride, conv.padding, conv.dilation, conv.groups
+        self.input_quantizer = Quantizer(abits)
+        self.weight_quantizer = Quantizer(wbits, channels=conv.out_channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(self.input_quantizer(x), self.weight_quantizer(self.weight), self.bias,
+                        *self.geometry)
+
+
+class QuantLinear(nn.Module):
+    """Linear layer with quantized input and weight; takes over the parameters of `linear`."""
+
+    def __init__(self, linear: nn.Linear, wbits: int, abits: int):
+        super().__init__()
+        self.weight, self.bias = linear.weight, linear.bias
+        self.input_quantizer = Quantizer(abits)
+        self.weight_quantizer = Quantizer(wbits, channels=linear.out_features)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(self.input_quantizer(x), self.weight_quantizer(self.weight), self.bias)
+
+
+def product_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """The layers that multiply by a weight, quantized or not, by name in order of definition."""
+    kinds = (nn.Conv2d, nn.Linear, QuantConv2d, QuantLinear)
+    return {name: m for name, m in model.named_modules() if isinstance(m, kinds)}
+
+
+def quantize(model: nn.Module, wbits: int, abits: int, method: str = "lsq") -> nn.Module:
+    """A copy of `model` in which every Conv2d and Linear quantizes input and weight, the first and
+    the last at 8 bits. Its steps exist, for an optimizer to hold, but are NaN until `calibrate`."""
+    if method != "lsq":
+        raise ValueError(f"method should be 'lsq', not {method!r}")
+    model = copy.deepcopy(model)
+    layers = product_layers(model)
+    for name, layer in layers.items():
+        ends = name in (next(iter(layers)), next(reversed(layers)))
+        kind = QuantConv2d if isinstance(layer, nn.Conv2d) else QuantLinear
+        quantized = kind(layer, *(8, 8) if ends else (wbits, abits)).to(layer.weight.device)
+        model.set_submodule(name, quantized)
+    return model
+
+
+@torch.no_grad()
+def calibrate(qmodel: nn.Module, images: Tensor) -> None:
+    """Set steps and zero points from one pass of `images` (the paper takes 100), layer by layer,
+    each layer seeing its input as the quantized layers before it make it."""
+    hooks = [m.register_forward_pre_hook(lambda q, inputs: q.initialize(inputs[0]))
+             for m in qmodel.modules() if isinstance(m, Quantizer)]
+    training = qmodel.training
+    qmodel.eval()(images)
+    qmodel.train(training)
+    for hook in hooks:
+        hook.remove()
+
+
+@torch.no_grad()
+def export_int(qmodel: nn.Module) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
+    """{layer: (weight as int8, scale, zero point)}; (weight - zero point) * scale is bit-equal to
+    what the network multiplies by. Scale and zero point broadcast against the weight."""
+    integers = {}
+    for name, layer in product_layers(qmodel).items():
+        q = layer.weight_quantizer
+        scale, zero = q.grid(layer.weight)
+        weight = (layer.weight / scale).round().add(zero).clamp(q.qmin, q.qmax)
+        shift = 0 if q.symmetric else 2 ** (q.bits - 1)  # int8 holds [-128, 127], not [0, 255]
+        integers[name] = (weight - shift).to(torch.int8), scale, zero - shift
+    return integers
+
+
+# -------------------------------------------------------------------- 5. Evaluation and flatness
+
+
+@torch.inference_mode()
+def evaluate(model: nn.Module, data: Data, batch_size: int = 500) -> tuple[float, float]:
+    """(accuracy in %, mean cross-entropy) on the test images; leaves the training mode as it was."""
+    training, n = model.training, len(data.test_labels)
+    model.eval()
+    sums = torch.zeros(2, device=data.test_labels.device)
+    for images, labels in zip(data.test_images.split(batch_size), data.test_labels.split(batch_size)):
+        logits = model(data.normalize(images))
+        sums += torch.stack([(logits.argmax(1) == labels).sum(),
+                             F.cross_entropy(logits, labels, reduction="sum")])
+    model.train(training)
+    correct, loss = sums.tolist()
+    return 100 * correct / n, loss / n
+
+
+def hessian_vector(loss_fn: Callable[[], Tensor], params: list[Tensor]) -> Callable:
+    """v -> H v, H the Hessian of loss_fn() in `params`; on a quantized network that of its
+    straight-through gradients. Leaves .grad alone; the graph goes when the returned function does."""
+    grads = torch.autograd.grad(loss_fn(), params, create_graph=True, materialize_grads=True)
+    return lambda v: torch.autograd.grad(grads, params, v, retain_graph=True,
+                                         materialize_grads=True)
+
+
+def dot(a: list[Tensor], b: list[Tensor]) -> Tensor:
+    return torch.stack([(x * y).sum() for x, y in zip(a, b)]).sum()
+
+
+def hessian_trace(loss_fn: Callable[[], Tensor], params: list[Tensor], probes: int,
+                  generator: torch.Generator | None = None) -> tuple[float, float]:
+    """Hutchinson: (mean, its standard error) of v.Hv over `probes` >= 2 random sign vectors v."""
+    product, samples = hessian_vector(loss_fn, params), []
+    for _ in range(probes):
+        v = [torch.randint(0, 2, p.shape, generator=generator, device=p.device, dtype=p.dtype) * 2 - 1
+             for p in params]
+        samples.append(dot(v, product(v)))
+    samples = torch.stack(samples)
+    return samples.mean().item(), samples.std().item() / math.sqrt(probes)
+
+
+def hessian_top_eigenvalue(loss_fn: Callable[[], Tensor], params: list[Tensor], iters: int,
+                           generator: torch.Generator | None = None) -> float:
+    """The Hessian eigenvalue of largest magnitude, by `iters` steps of power iteration."""
+    product = hessian_vector(loss_fn, params)
+    v = [torch.randn(p.shape, generator=generator, device=p.device, dtype=p.dtype) for p in params]
+    for _ in range(iters):
+        norm = dot(v, v).sqrt().clamp_min(TINY)
+        v = [x / norm for x in v]
+        hv = product(v)
+        eigenvalue, v = dot(v, hv), hv  # the Rayleigh quotient, as |v| = 1
+    return eigenvalue.item()

@@ -1,0 +1,297 @@
+"""FPQ: Feature-Perturbed Quantization. Pang & Cai, "Stabilizing Quantization-Aware Training by
+Implicit-Regularization on Hessian Matrix", arXiv 2503.11159.
+
+The idea. A flat loss tolerates the jumps of rounding. Zero-mean noise on a network's features
+penalises the trace of the loss' Hessian without computing it (Eq. 7), so FPQ
+  1. adds uniform noise, one quantization step wide, to the inputs of randomly chosen layers (SFP),
+  2. holds every layer's output, channel by channel, to the shape that the full-precision network's
+     has (CSD), which keeps the noise from pulling features away,
+and trains the LSQ-quantized network with the sum of cross-entropy and CSD (Eq. 22).
+
+    paper                            here
+    x_l, z_l                         input and output of layer l: N x C x H x W, or N x C
+    s_l, q                           quantizer.step, bits
+    delta ~ U[-s_l/2, s_l/2], p      stochastic_feature_perturbation(x, step, p)     Eq. 9, 14
+    z_l standardised                 standardize(z)                                  Eq. 15
+    L_CSD                            csd_loss(student_feats, teacher_feats)          Eq. 16, 17
+    L = L_CE + L_CSD                 train()                                         Eq. 22, Alg. 1
+
+    python fpq.py --bits 2                     full precision -> LSQ -> FPQ, about 3 minutes on a CPU
+    python fpq.py --bits 2 --ablate --diagnose         the paper's ablation, its figures as numbers
+
+Measured: see the README's results; there is no row here or there that a printed command did not make.
+"""
+
+import argparse
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+
+import common  # first, as it imports torch quietly
+import torch
+import torch.nn.functional as F
+from common import Data, Run, calibrate, full_precision, product_layers, quantize, sgd
+from torch import Tensor, nn
+
+PAPER = {"model": "resnet18", "dataset": "cifar10", "batch_size": 256, "lr": 0.01, "epochs": 200,
+         "fp_epochs": 200, "weight_decay": 5e-4, "p": 0.1, "csd_weight": 1.0}  # section 4
+
+
+def parse_args() -> argparse.Namespace:
+    parser = common.base_parser("FPQ: feature perturbation and channel-wise standardised "
+                                "distillation for quantization-aware training (arXiv 2503.11159)")
+    unit, weight = common.number(float, 0, 1), common.number(float, 0, 1e6)
+    add = parser.add_argument
+    add("--p", type=unit, default=0.1, help="Eq. 14: chance that a layer is perturbed in a step")
+    add("--csd-weight", type=weight, default=1.0, help="of L_CSD in Eq. 22 [choice; the paper: 1]")
+    add("--noise-at", choices=["operand", "input"], default="operand",
+        help="Eq. 16: noise after the activation quantizer; or before it (dither)")
+    add("--kd-weight", type=weight, default=1.0, help="of the distillation term of kd [choice]")
+    add("--method", choices=METHODS, nargs="+", default=["lsq", "fpq"], help="what to train")
+    add("--ablate", action="store_true", help="the paper's ablation: lsq, sfp, csd, fpq")
+    add("--compare", choices=["kd"], help="train also a method of the paper's tables")
+    add("--diagnose", action="store_true", help="figures 1, 2, 3 and 5 of the paper as numbers")
+    add("--recipe", choices=["paper"], help=f"the published protocol: {PAPER}")
+    if parser.parse_args().recipe:  # flags given beside --recipe win over it
+        parser.set_defaults(**PAPER)
+        print("--recipe paper sets", " ".join(f"--{k.replace('_', '-')} {v}" for k, v in PAPER.items()))
+    args = parser.parse_args()
+    if args.ablate:
+        args.method = ["lsq", "sfp", "csd", "fpq"]
+    if args.compare and args.compare not in args.method:
+        args.method = [*args.method, args.compare]
+    return common.finish_args(args)
+
+
+# ------------------------------------------------------------------------------------- the method
+
+# What each method takes of (p, weight of CSD, weight of KD). LSQ is FPQ with nothing.
+METHODS = {"lsq": (0, 0, 0), "sfp": (1, 0, 0), "csd": (0, 1, 0), "fpq": (1, 1, 0), "kd": (0, 0, 1)}
+
+
+def stochastic_feature_perturbation(x: Tensor, step: Tensor, p: float,
+                                    generator: torch.Generator | None = None) -> Tensor:
+    """SFP, Eq. 9 and 14: with probability p, x + delta, delta ~ U[-s/2, s/2] per element; else x.
+
+    x: any shape; step: a scalar. One coin for the whole tensor: noise in several layers at once has
+    a biased expectation (Prop. 1). The noise is a constant to the gradient. Without a generator the
+    coin is torch's CPU one, which no accelerator has to be waited for.
+    """
+    coin_device = generator.device if generator else "cpu"
+    if torch.rand((), generator=generator, device=coin_device) >= p:
+        return x
+    delta = torch.rand(x.shape, generator=generator, device=x.device, dtype=x.dtype)
+    return x + delta.sub_(0.5).mul_(step.detach())  # Eq. 9
+
+
+def standardize(z: Tensor, eps: float = 1e-5) -> Tensor:
+    """Eq. 15: each channel of z (N x C x ...) to mean 0 and variance 1 over all else.
+
+        z~ = (z - mean_c) / sqrt(var_c + eps)          eps inside the root, the biased variance
+    """
+    return F.batch_norm(z, None, None, training=True, eps=eps)
+
+
+def channel_distance(student: Tensor, teacher: Tensor, eps: float = 1e-5) -> Tensor:
+    """Mean of (standardize(student) - standardize(teacher))^2 over N x C x ..., without computing
+    either: for standardised channels it is 2 (1 - r), r being Pearson's correlation of student and
+    teacher in the channel, so five sums per channel tell all. With eps in the roots:
+
+        var_s / (var_s + eps) + var_t / (var_t + eps) - 2 cov / sqrt((var_s + eps)(var_t + eps))
+    """
+    over = [0, *range(2, student.dim())]
+    mean_s, mean_t = student.mean(over), teacher.mean(over)
+    var_s = (student * student).mean(over) - mean_s.square()
+    var_t = (teacher * teacher).mean(over) - mean_t.square()
+    cov = (student * teacher).mean(over) - mean_s * mean_t
+    s, t = var_s + eps, var_t + eps
+    return (var_s / s + var_t / t - 2 * cov / (s * t).sqrt()).mean()
+
+
+def csd_loss(student_feats: list[Tensor], teacher_feats: list[Tensor]) -> Tensor:
+    """CSD, Eq. 16-17, of the outputs z_l of all layers, N x C x ... each, in the same order.
+
+        L_CSD = mean_l mean_(n,c,...) (z~_student - z~_teacher)^2
+
+    The published sum over elements and layers grows with batch, image and depth and drowns the
+    cross-entropy; the means are ours [choice]. Value 0 (same up to scale) to 4 (mirrored).
+    """
+    distances = [channel_distance(s, t) for s, t in zip(student_feats, teacher_feats, strict=True)]
+    return torch.stack(distances).mean()
+
+
+def kd_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 4.0) -> Tensor:
+    """Logit distillation (Hinton et al. 2015), the tables' KD row: T^2 KL(teacher || student) of
+    the softmax at temperature T, mean over the batch. T = 4 is a choice. logits: N x classes."""
+    student, teacher = ((z / temperature).log_softmax(1) for z in (student_logits, teacher_logits))
+    return temperature**2 * F.kl_div(student, teacher, log_target=True, reduction="batchmean")
+
+
+def attach_sfp(student: nn.Module, p: float, noise_at: str) -> None:
+    """Perturb, in training only, what every quantized layer multiplies by its weight (Eq. 16)."""
+    def after(quantizer, inputs, x_hat):
+        return perturb(x_hat, quantizer.step) if quantizer.training else x_hat
+
+    def before(quantizer, inputs):
+        return perturb(inputs[0], quantizer.step) if quantizer.training else None
+
+    perturb = partial(stochastic_feature_perturbation, p=p)
+    for layer in product_layers(student).values():
+        if noise_at == "operand":
+            layer.input_quantizer.register_forward_hook(after)
+        else:
+            layer.input_quantizer.register_forward_pre_hook(before)
+
+
+@contextmanager
+def layer_outputs(model: nn.Module) -> Iterator[list[Tensor]]:
+    """Within the context, a list that the outputs z_l of all layers are appended to, in order."""
+    outputs = []
+    hooks = [layer.register_forward_hook(lambda layer, inputs, z: outputs.append(z))
+             for layer in product_layers(model).values()]
+    yield outputs
+    for hook in hooks:
+        hook.remove()
+
+
+# ----------------------------------------------------------------------------------- the training
+
+
+def train(args: argparse.Namespace, data: Data, method: str, seed: int,
+          network: nn.Module) -> tuple[nn.Module, dict, list[dict]]:
+    """Algorithm 1: (quantized network, result, history), starting from full-precision `network`."""
+    takes = METHODS[method]
+    p, csd_weight, kd_weight = takes[0] * args.p, takes[1] * args.csd_weight, takes[2] * args.kd_weight
+    student, teacher = quantize(network, args.wbits, args.abits), network
+    calibrate(student, data.sample(100)[0])  # Eq. 4-5
+    optimizer = sgd(student, args.lr, args.weight_decay)
+    run = Run(args, data, student, optimizer, method, seed, args.epochs, args.lr)
+    if p:
+        attach_sfp(student, p, args.noise_at)
+
+    for _ in run.epochs():
+        for images, labels in run.batches():
+            with layer_outputs(student) as student_feats:
+                logits = student(images)  # quantized (Eq. 3) and perturbed (Eq. 14)
+            cross_entropy = loss = F.cross_entropy(logits, labels)
+            if csd_weight or kd_weight:
+                with torch.no_grad(), layer_outputs(teacher) as teacher_feats:
+                    teacher_logits = teacher(images)
+            if csd_weight:
+                csd = csd_loss(student_feats, teacher_feats)  # Eq. 16-17
+                loss = loss + csd_weight * csd  # Eq. 22
+                run.log(csd=csd)
+            if kd_weight:
+                loss = loss + kd_weight * kd_loss(logits, teacher_logits)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            run.log(ce=cross_entropy)
+        if args.diagnose:
+            run.note(trace=weight_hessian_trace(student, data))
+    return student.eval(), run.finish(), run.history
+
+
+# ----------------------------------------------------------------- the paper's figures as numbers
+
+
+def weight_hessian_trace(model: nn.Module, data: Data) -> tuple[float, float]:
+    """Fig. 5: trace of the Hessian of the loss on 256 training images in the layers' weights, batch
+    norm in eval mode: (estimate, standard error) from 16 probes."""
+    images, labels = data.sample(256)
+    weights = [layer.weight for layer in product_layers(model).values()]
+    training = model.training
+    model.eval()
+    probes = torch.Generator(device=images.device).manual_seed(0)
+    trace = common.hessian_trace(lambda: F.cross_entropy(model(images), labels), weights, 16, probes)
+    model.train(training)
+    return trace
+
+
+@torch.no_grad()
+def output_variance(model: nn.Module, images: Tensor, sigma: float, draws: int = 16) -> float:
+    """Fig. 1: variance of the logits under N(0, sigma^2) noise on the normalised images, over
+    `draws`, relative to their variance over the images without noise [choice: logits differ in
+    scale from network to network]."""
+    torch.manual_seed(0)
+    noisy = torch.stack([model(images + sigma * torch.randn_like(images)) for _ in range(draws)])
+    return (noisy.var(0).mean() / model(images).var(0).mean()).item()
+
+
+def gradient_norm(model: nn.Module, data: Data, place: str, width: float) -> float:
+    """Fig. 2: norm of the loss gradient in the weights, with uniform noise `width` steps wide on all
+    quantized weights (place "weight") or on all quantized features ("input"); mean of 8 draws."""
+    def noise(quantizer, inputs, x_hat):
+        step = width * quantizer.grid(x_hat)[0]
+        return x_hat + (torch.rand_like(x_hat) - 0.5) * step.detach()
+
+    torch.manual_seed(0)
+    images, labels = data.sample(256)
+    layers = product_layers(model).values()
+    hooks = [getattr(layer, f"{place}_quantizer").register_forward_hook(noise) for layer in layers]
+    weights, norms = [layer.weight for layer in layers], []
+    for _ in range(8):
+        grads = torch.autograd.grad(F.cross_entropy(model(images), labels), weights)
+        norms.append(torch.sqrt(sum(g.square().sum() for g in grads)))
+    for hook in hooks:
+        hook.remove()
+    return torch.stack(norms).mean().item()
+
+
+@torch.no_grad()
+def feature_drift(model: nn.Module, network: nn.Module, images: Tensor) -> list[float]:
+    """Fig. 3: per layer, the mean over channels of |mean_quantized - mean_fp| / std_fp."""
+    with layer_outputs(model) as quantized, layer_outputs(network) as reference:
+        model(images)
+        network(images)
+    drifts = []
+    for z, z_fp in zip(quantized, reference):
+        over = [0, *range(2, z.dim())]
+        drifts.append(((z.mean(over) - z_fp.mean(over)).abs() / (z_fp.std(over) + 1e-5)).mean().item())
+    return drifts
+
+
+def diagnose(data: Data, network: nn.Module, trained: dict[str, tuple]) -> None:
+    """Print what the paper draws, for the networks of the last seed."""
+    images, _ = data.sample(256)
+    names = list(trained)
+    print("\nFig. 1  variance of the logits under Gaussian input noise, relative")
+    print(f"{'sigma':<9}" + "".join(f"{n:<12}" for n in ["fp", *names]))
+    for sigma in (0.05, 0.1, 0.2, 0.4):
+        models = [network, *(trained[n][0] for n in names)]
+        print(f"{sigma:<9}" + "".join(f"{output_variance(m, images, sigma):<12.4f}" for m in models))
+    print("\nFig. 2  gradient norm under noise `width` steps wide on weights | on features")
+    print(f"{'width':<9}" + "".join(f"{n:<22}" for n in names))
+    for width in (0.0, 0.25, 0.5, 1.0):
+        cells = ((gradient_norm(trained[n][0], data, place, width) for place in ("weight", "input"))
+                 for n in names)
+        print(f"{width:<9}" + "".join(f"{f'{w:.3f} | {x:.3f}':<22}" for w, x in cells))
+    print("\nFig. 3  drift of channel means from full precision, in its standard deviations")
+    print(f"{'layer':<28}" + "".join(f"{n:<12}" for n in names))
+    drifts = [feature_drift(trained[n][0], network, images) for n in names]
+    for layer, *row in zip(product_layers(network), *drifts):
+        print(f"{layer:<28}" + "".join(f"{d:<12.4f}" for d in row))
+    print("\nFig. 5  Hessian trace ± standard error of the estimate, by epoch")
+    print(f"{'epoch':<9}" + "".join(f"{n:<22}" for n in names))
+    for row in zip(*(trained[n][2] for n in names)):
+        cells = (h.get("trace", (float("nan"),) * 2) for h in row)
+        print(f"{row[0]['epoch']:<9}" + "".join(f"{f'{t:.1f} ± {e:.1f}':<22}" for t, e in cells))
+
+
+def main() -> None:
+    args = parse_args()
+    data = common.load_data(args.dataset, args.data_dir, args.train_size, args.fp_seed, args.device,
+                            args.dry_run)
+    network, result = full_precision(args, data)
+    results, trained = [result], {}
+    for seed in args.seed:
+        for method in args.method:
+            trained[method] = train(args, data, method, seed, network)
+            results.append(trained[method][1])
+    print(common.result_table(results, baseline="lsq"))
+    if args.diagnose:
+        diagnose(data, network, trained)
+
+
+if __name__ == "__main__":
+    common.entry(main)
