@@ -82,7 +82,7 @@ def base_parser(description: str) -> Parser:
     add("--dataset", choices=DATASETS, default="auto", help="auto: cifar10 if at hand, else shapes")
     add("--data-dir", type=Path, default=Path("data"), help="where data sets lie")
     add("--train-size", type=count, help="class-balanced subset of the training images")
-    add("--epochs", type=count, default=15, help="quantization-aware epochs")
+    add("--epochs", type=count, default=6, help="quantization-aware epochs")
     add("--fp-epochs", type=count, default=15, help="full-precision epochs before them")
     add("--batch-size", type=number(int, 2, 10**6), default=128, help="images per step")
     add("--lr", type=number(float, 1e-9, 1e3), default=0.02, help="peak, quantized epochs")
@@ -507,7 +507,7 @@ SHAPES = {  # signed distance to a shape of about unit size, negative inside
     "dumbbell": lambda x, y: np.hypot(np.abs(x) - 0.6, y) - 0.4}
 
 
-def draw_shapes(train: int = 6000, test: int = 2000, seed: int = 0) -> tuple:
+def draw_shapes(train: int = 3200, test: int = 1000, seed: int = 0) -> tuple:
     """Ten drawn shapes of random place, size, turn and colour over clutter and noise; the classes
     in equal shares. Deterministic in `seed`, needs no download."""
     rng, count, pixel = np.random.default_rng(seed), train + test, np.arange(32, dtype=np.float32)
@@ -515,24 +515,24 @@ def draw_shapes(train: int = 6000, test: int = 2000, seed: int = 0) -> tuple:
     def uniform(low, high, *shape):
         return rng.uniform(low, high, (count, *shape)).astype(np.float32)
 
-    def draw(image, kinds, size, opacity):
-        """Lay one shape of kind kinds[i] and random colour over image[i]."""
+    def draw(image, kinds, size, low, high):
+        """Lay one shape of kind kinds[i] and of a random colour over image[i]."""
         size, turn, cx, cy = uniform(*size, 1, 1), uniform(0, 2 * np.pi, 1, 1), *(
-            uniform(9, 22, 1, 1) for _ in range(2))
+            uniform(11, 20, 1, 1) for _ in range(2))
         dx, dy = (pixel[None, None, :] - cx) / size, (pixel[None, :, None] - cy) / size
         x, y = np.cos(turn) * dx + np.sin(turn) * dy, np.cos(turn) * dy - np.sin(turn) * dx
         cover = np.empty((count, 32, 32), np.float32)
         for k, distance in enumerate(SHAPES.values()):
             of = kinds == k
             cover[of] = np.clip(0.5 - distance(x[of], y[of]) * size[of], 0, 1)  # soft, 1 pixel wide
-        return image + opacity * cover[..., None] * (uniform(0.1, 0.9, 1, 1, 3) - image)
+        return image + cover[..., None] * (uniform(low, high, 1, 1, 3) - image)
 
     labels = rng.permutation(np.arange(count) % len(SHAPES))
     tilt = (pixel[:, None, None] - 15.5) / 32
-    image = uniform(0.1, 0.9, 1, 1, 3) + tilt * uniform(-0.4, 0.4, 1, 1, 3) + np.zeros((32, 1), "f")
-    image = draw(image, rng.integers(0, len(SHAPES), count), (2, 4), 0.6)  # clutter
-    image = draw(image, labels, (5, 10), 1.0)
-    image = image + rng.normal(0, 0.08, image.shape).astype(np.float32)
+    image = uniform(0, 0.5, 1, 1, 3) + tilt * uniform(-0.4, 0.4, 1, 1, 3) + np.zeros((32, 1), "f")
+    image = draw(image, rng.integers(0, len(SHAPES), count), (2, 4), 0.2, 0.8)  # clutter
+    image = draw(image, labels, (6, 11), 0.4, 1)
+    image = image + rng.normal(0, 0.04, image.shape).astype(np.float32)
     images = torch.from_numpy(np.clip(image * 255, 0, 255).astype(np.uint8))
     labels = torch.from_numpy(labels)
     return images[:train], labels[:train], images[train:], labels[train:], len(SHAPES)
