@@ -26,11 +26,11 @@ import math
 import os
 import shlex
 import socket
-import threading
 import time
 import urllib.request
 import zlib
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,10 +61,10 @@ def number(kind: type, low: float, high: float) -> Callable:
             value = kind(text)
         except ValueError:
             value = math.nan
-        if not low <= value <= high:
-            word = "a whole number" if kind is int else "a number"
-            raise argparse.ArgumentTypeError(f"{text!r} should be {word} from {low:g} to {high:g}")
-        return value
+        if low <= value <= high:
+            return value
+        word = "a whole number" if kind is int else "a number"
+        raise argparse.ArgumentTypeError(f"{text!r} should be {word} from {low:g} to {high:g}")
     return parse
 
 
@@ -280,22 +280,22 @@ class Run:
 
 def result_table(results: list[dict], baseline: str) -> str:
     """One row per method: accuracy of the last epoch, mean ± standard deviation over seeds (n-1)."""
-    groups = {}
-    for r in results:
-        groups.setdefault(r["method"], []).append(r)
-    mean = {m: np.mean([r["test_acc"] for r in group]) for m, group in groups.items()}
-    r = results[0]
-    lines = [f"\n{r['dataset']}, {r['train_size']} training images, {r['model']}, last epoch",
+    first = results[0]
+    lines = [f"\n{first['dataset']}, {first['train_size']} training images, {first['model']}, "
+             "accuracy of the last epoch",
              f"{'method':<8}{'W/A':<7}{'test acc %':<15}{'vs ' + baseline:<9}{'test loss':<11}"
              f"{'epochs':<8}{'s/epoch':<9}seeds"]
+    groups = {r["method"]: [s for s in results if s["method"] == r["method"]] for r in results}
+    mean = {m: np.mean([r["test_acc"] for r in group]) for m, group in groups.items()}
     for method, group in groups.items():
-        spread = np.std([r["test_acc"] for r in group], ddof=1) if len(group) > 1 else None
-        acc = f"{mean[method]:.2f}" + (f" ± {spread:.2f}" if spread is not None else "")
+        acc = f"{mean[method]:.2f}"
+        if len(group) > 1:
+            acc += f" ± {np.std([r['test_acc'] for r in group], ddof=1):.2f}"
         delta = f"{mean[method] - mean[baseline]:+.2f}" if baseline in mean else ""
-        r = group[0]
-        lines.append(f"{method:<8}{'{wbits}/{abits}'.format(**r):<7}{acc:<15}{delta:<9}"
-                     f"{np.mean([r['test_loss'] for r in group]):<11.4f}{r['epochs']:<8}"
-                     f"{np.mean([r['seconds_per_epoch'] for r in group]):<9.1f}{len(group)}")
+        loss, seconds = (np.mean([r[k] for r in group]) for k in ("test_loss", "seconds_per_epoch"))
+        bits = f"{group[0]['wbits']}/{group[0]['abits']}"
+        lines.append(f"{method:<8}{bits:<7}{acc:<15}{delta:<9}{loss:<11.4f}"
+                     f"{group[0]['epochs']:<8}{seconds:<9.1f}{len(group)}")
     return "\n".join(lines)
 
 
@@ -309,20 +309,18 @@ PAD = 4  # black pixels around a training image, out of which a random 32 x 32 w
 
 @dataclass
 class Data:
-    """Images uint8 N x 32 x 32 x 3, labels int64 N, on one device; mean and std of 3 channels."""
+    """A data set on one device. Images are uint8 N x 32 x 32 x 3, those for training with PAD black
+    pixels around them; labels are int64 N; mean and std are those of the 3 channels."""
 
     name: str
     classes: int
-    train_images: Tensor
+    train_padded: Tensor
     train_labels: Tensor
     test_images: Tensor
     test_labels: Tensor
     mean: Tensor
     std: Tensor
     fingerprint: int  # of all pixels and labels used: checkpoints carry it
-
-    def __post_init__(self):
-        self.padded = F.pad(self.train_images, (0, 0, PAD, PAD, PAD, PAD))
 
     def normalize(self, images: Tensor) -> Tensor:
         """uint8 N x H x W x 3 -> float N x 3 x H x W, a view in channels_last order."""
@@ -335,7 +333,7 @@ class Data:
     def batches(self, batch_size: int, draws: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
         """One shuffled, augmented epoch of (images N x 3 x 32 x 32, labels N). `draws` lives on the
         CPU, so that a seed means the same batches on every device."""
-        order = torch.randperm(len(self.train_labels), generator=draws).to(self.padded.device)
+        order = torch.randperm(len(self.train_labels), generator=draws).to(self.train_labels.device)
         for index in order.split(batch_size)[:self.steps(batch_size)]:
             yield self.augment(index, draws), self.train_labels[index]
 
@@ -347,13 +345,14 @@ class Data:
         rows = (corner[0] + line).to(index.device)
         columns = (corner[1] + torch.where(flip, 31 - line, line)).to(index.device)
         return self.normalize(
-            self.padded[index[:, None, None], rows[:, :, None], columns[:, None, :]])
+            self.train_padded[index[:, None, None], rows[:, :, None], columns[:, None, :]])
 
     def sample(self, count: int) -> tuple[Tensor, Tensor]:
         """`count` fixed random training images, not augmented: for calibration and diagnosis."""
         index = torch.randperm(len(self.train_labels), generator=torch.Generator().manual_seed(0))
         index = index[:count].to(self.train_labels.device)
-        return self.normalize(self.train_images[index]), self.train_labels[index]
+        images = self.train_padded[index, PAD:-PAD, PAD:-PAD]
+        return self.normalize(images), self.train_labels[index]
 
 
 def load_data(name: str, data_dir: Path, train_size: int | None = None, seed: int = 0,
@@ -388,6 +387,7 @@ def load_data(name: str, data_dir: Path, train_size: int | None = None, seed: in
     fingerprint = 0
     for part in (train_x, train_y, test_x, test_y):
         fingerprint = zlib.crc32(part.numpy(), fingerprint)
+    train_x = F.pad(train_x, (0, 0, PAD, PAD, PAD, PAD))
     parts = (part.to(device) for part in (train_x, train_y, test_x, test_y, mean, std))
     return Data(real, classes, *parts, fingerprint)
 
@@ -421,18 +421,14 @@ def import_torchvision():
 
 def reachable(url: str, seconds: float = 4.0) -> bool:
     """Whether `url` answers in time; asked in a thread, as looking up a name knows no time-out."""
-    answers = []
-
-    def ask():
-        try:
-            answers.append(urllib.request.urlopen(url, timeout=seconds).close())
-        except (OSError, ValueError):
-            return  # whatever the reason: it cannot be reached
-
-    thread = threading.Thread(target=ask, daemon=True)
-    thread.start()
-    thread.join(seconds)
-    return bool(answers)
+    pool = ThreadPoolExecutor(1)
+    try:
+        pool.submit(urllib.request.urlopen, url, timeout=seconds).result(seconds)
+    except (OSError, ValueError, TimeoutError):
+        return False
+    finally:
+        pool.shutdown(wait=False)
+    return True
 
 
 def read_torchvision(name: str, data_dir: Path) -> tuple:
@@ -485,9 +481,9 @@ def read_folder(data_dir: Path) -> tuple:
     return *out, len(classes[0])
 
 
-def polygon(x: np.ndarray, y: np.ndarray, corners: int) -> np.ndarray:
+def polygon(x: np.ndarray, y: np.ndarray, corners: int, apothem: float) -> np.ndarray:
     angles = 2 * np.pi * np.arange(corners) / corners
-    return np.max([x * np.cos(a) + y * np.sin(a) for a in angles], axis=0)
+    return np.max([x * np.cos(a) + y * np.sin(a) for a in angles], axis=0) - apothem
 
 
 def box(x: np.ndarray, y: np.ndarray, width: float, height: float) -> np.ndarray:
@@ -500,8 +496,8 @@ SHAPES = {  # signed distance to a shape of about unit size, negative inside
     "square": lambda x, y: box(x, y, 0.75, 0.75),
     "bar": lambda x, y: box(x, y, 1.0, 0.35),
     "cross": lambda x, y: np.minimum(box(x, y, 0.95, 0.27), box(x, y, 0.27, 0.95)),
-    "triangle": lambda x, y: polygon(x, y, 3) - 0.5,
-    "hexagon": lambda x, y: polygon(x, y, 6) - 0.8,
+    "triangle": lambda x, y: polygon(x, y, 3, 0.5),
+    "hexagon": lambda x, y: polygon(x, y, 6, 0.8),
     "star": lambda x, y: np.hypot(x, y) - 0.7 - 0.3 * np.cos(5 * np.arctan2(y, x)),
     "crescent": lambda x, y: np.maximum(np.hypot(x, y) - 0.9, 0.75 - np.hypot(x - 0.45, y)),
     "dumbbell": lambda x, y: np.hypot(np.abs(x) - 0.6, y) - 0.4}
