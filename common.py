@@ -212,11 +212,16 @@ class Run:
         self.history, self.finished = state["history"], state["finished"]
 
     def save(self) -> None:
-        part = self.path.with_suffix(f".{os.getpid()}.part")  # whole or absent, never half
-        torch.save({"header": self.header, "model": self.model.state_dict(),
-                    "optimizer": self.optimizer.state_dict(), "history": self.history,
-                    "finished": self.finished}, part)
-        os.replace(part, self.path)
+        part = self.path.with_suffix(f".{os.getpid()}.part")  # so `path` is whole or absent
+        try:
+            torch.save({"header": self.header, "model": self.model.state_dict(),
+                        "optimizer": self.optimizer.state_dict(), "history": self.history,
+                        "finished": self.finished}, part)
+            os.replace(part, self.path)
+        except RuntimeError as error:  # what torch.save raises when the disk is full
+            raise OSError(f"{self.path} cannot be written: {str(error).splitlines()[0]}") from None
+        finally:
+            part.unlink(missing_ok=True)
 
     def epochs(self) -> Iterator[int]:
         for epoch in range(len(self.history), self.total):

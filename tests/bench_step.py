@@ -189,22 +189,24 @@ def time_steps(name: str, variants: list[str], repetitions: int) -> dict[str, fl
     return {v: statistics.median(r) for v, r in ratios.items()}
 
 
-def peak_memory(name: str, variant: str) -> float:
-    """MiB that ten training steps take beyond what the process held before the first."""
-    images, labels = batch()
-    model = network(name)
+def peak() -> float:
+    """MiB at most held so far: on the accelerator, or by this process."""
     if DEVICE.type == "cuda":
-        before = torch.cuda.memory_allocated() / 2**20
-    else:
-        torch.nn.functional.conv2d(images[:1], model.get_parameter(next(iter(dict(
-            model.named_parameters())))), padding=1)  # the libraries' own buffers are not counted
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    step = step_of(variant, model, images, labels)
+        return torch.cuda.max_memory_allocated() / 2**20
+    if sys.platform == "linux":  # ru_maxrss would begin with what the parent process held
+        status = Path("/proc/self/status").read_text()
+        return int(status.split("VmHWM:")[1].split()[0]) / 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def peak_memory(name: str, variant: str) -> float:
+    """MiB that ten training steps take beyond what the process held before."""
+    images, labels = batch()
+    before = peak()
+    step = step_of(variant, network(name), images, labels)
     for _ in range(10):
         step()
-    peak = (torch.cuda.max_memory_allocated() / 2**20 if DEVICE.type == "cuda"
-            else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
-    return peak - before
+    return peak() - before
 
 
 def child(*flags: str) -> float:

@@ -176,3 +176,20 @@ def test_every_method_and_diagnosis_as_a_user_runs_them(run_script, tmp_path):
     for figure in ("Fig. 1", "Fig. 2", "Fig. 3", "Fig. 5"):
         assert figure in done.stdout
     assert "nan" not in done.stdout
+
+
+def test_compile_without_a_compiler_says_so_and_runs_eager(run_script, tmp_path, monkeypatch):
+    monkeypatch.setenv("CXX", "/nowhere/c++")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    done = run_script("fpq.py", "--dry-run", "--compile", "--dataset", "shapes", "--method", "fpq")
+    assert done.returncode == 0 and "running eager" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+
+
+def test_compiled_run_agrees_with_the_eager_one(run_script, tmp_path):
+    rows = []
+    for flags in ([], ["--compile"]):
+        done = run_script("fpq.py", "--dry-run", "--dataset", "shapes", "--method", "lsq", *flags)
+        assert done.returncode == 0, done.stderr
+        rows.append(json.loads((tmp_path / "out/dry-run/results.jsonl").read_text().splitlines()[-1]))
+    assert rows[0]["test_loss"] == pytest.approx(rows[1]["test_loss"], rel=1e-2)

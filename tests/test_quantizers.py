@@ -105,6 +105,25 @@ def test_forward_is_bit_equal_to_torch(bits):
     assert torch.equal(fake_quantize(x, step, zero, qmin, qmax)[~tie], theirs[~tie])
 
 
+def test_compiled_quantizer_agrees_with_the_eager_one():
+    if not common.use_compiled(True):
+        pytest.skip("nothing can be compiled here")
+    try:
+        for shape in ((4, 3, 5, 5), (6, 7)):
+            x = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 2
+            step, zero, results = torch.tensor(0.3), torch.tensor(1.0), []
+            for compiled in (True, False):
+                common.use_compiled(compiled)
+                a, b = x.clone().requires_grad_(), step.clone().requires_grad_()
+                out = fake_quantize(a, b, zero, 0, 3, 0.1)
+                assert ("FakeQuantize" in out.grad_fn.name()) != compiled
+                results.append((out, *torch.autograd.grad((out * x).sum(), (a, b))))
+            for mine, theirs in zip(*results):
+                torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
+    finally:
+        common.use_compiled(False)
+
+
 @pytest.mark.parametrize("symmetric,channels", [(False, None), (True, None), (False, 4), (True, 4)])
 def test_quantizer_scales_the_step_gradient_by_lsq_rule(symmetric, channels):
     q = Quantizer(3, symmetric, channels)
