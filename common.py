@@ -226,7 +226,7 @@ class Run:
     def epochs(self) -> Iterator[int]:
         for epoch in range(len(self.history), self.total):
             started = time.perf_counter()
-            torch.manual_seed(self.seed * 100_003 + epoch)
+            torch.manual_seed(2**40 + self.seed * 100_003 + epoch)  # not the batches' stream
             self.epoch, self.sums, self.steps, self.notes = epoch, {}, 0, {}
             self.model.train()
             yield epoch
