@@ -75,8 +75,8 @@ def base_parser(description: str) -> Parser:
     bits, count, seed = number(int, 2, 8), number(int, 1, 10**9), number(int, 0, 2**31)
     add = p.add_argument
     add("--bits", type=bits, default=2, help="of weights and activations")
-    add("--wbits", type=bits, help="of weights (default: --bits)")
-    add("--abits", type=bits, help="of activations (default: --bits)")
+    add("--wbits", type=bits, help="of weights, if not --bits")
+    add("--abits", type=bits, help="of activations, if not --bits")
     add("--model", choices=MODELS, default="resnet8", help="network")
     add("--quantizer", choices=["lsq"], default="lsq", help="how steps are learned")
     add("--dataset", choices=DATASETS, default="auto", help="auto: cifar10 if at hand, else shapes")
@@ -186,7 +186,7 @@ class Run:
         flags = {k: str(v) for k, v in sorted(vars(args).items()) if k not in (
             "bits out resume seed data_dir device ablate compare diagnose recipe").split()}
         self.header = header or flags | {"script": self.script, "method": method, "seed": seed,
-                                         "dataset": data.name, "data": data.fingerprint}
+                                         "dataset": data.name, "data": data.fingerprint, "pad": PAD}
         name = f"{self.script}-{method}-{args.model}-{data.name}-w{args.wbits}a{args.abits}-s{seed}"
         if header:
             digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode()).hexdigest()
@@ -225,12 +225,10 @@ class Run:
 
     def epochs(self) -> Iterator[int]:
         for epoch in range(len(self.history), self.total):
-            started = time.perf_counter()
             torch.manual_seed(2**40 + self.seed * 100_003 + epoch)  # not the batches' stream
             self.epoch, self.sums, self.steps, self.notes = epoch, {}, 0, {}
             self.model.train()
             yield epoch
-            seconds = time.perf_counter() - started
             means = {k: v.item() / self.steps for k, v in self.sums.items()}
             if not all(map(math.isfinite, means.values())):
                 raise FloatingPointError(
@@ -239,15 +237,16 @@ class Run:
                     "checkpoint of the epoch before is kept")
             acc, loss = evaluate(self.model, self.data)
             self.history.append({"epoch": epoch + 1, **means, "test_loss": loss, "test_acc": acc,
-                                 "seconds": seconds, **self.notes})
+                                 "seconds": self.seconds, **self.notes})
             self.save()
             left = int((self.total - epoch - 1) * np.mean([h["seconds"] for h in self.history]))
             print(f"{self.method:<5} seed {self.seed}  epoch {epoch + 1:>3}/{self.total}  "
                   + "  ".join(f"{k} {v:.4f}" for k, v in means.items())
-                  + f"  test loss {loss:.4f}  test acc {acc:5.2f} %  {seconds:5.1f} s  "
+                  + f"  test loss {loss:.4f}  test acc {acc:5.2f} %  {self.seconds:5.1f} s  "
                   f"left {left // 60}:{left % 60:02d}", flush=True)
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        started = time.perf_counter()
         draws = torch.Generator().manual_seed(self.seed * 100_003 + self.epoch)
         steps = self.data.steps(self.args.batch_size)
         for i, batch in enumerate(self.data.batches(self.args.batch_size, draws)):
@@ -256,12 +255,13 @@ class Run:
                                         self.warmup)
             self.steps = i + 1
             yield batch
+        self.seconds = time.perf_counter() - started
 
     def log(self, **losses: Tensor) -> None:
         for name, value in losses.items():
             self.sums[name] = self.sums.get(name, 0) + value.detach()
 
-    def note(self, **numbers: float) -> None:
+    def note(self, **numbers: float | tuple[float, ...]) -> None:
         """Keep numbers of this epoch in the history, so that they survive a resume."""
         self.notes |= numbers
 
@@ -599,7 +599,7 @@ def full_precision(args: argparse.Namespace, data: Data) -> tuple[nn.Module, dic
     """The full-precision network in eval mode and its result. Trained once: the checkpoint names
     all that made it, so that seeds, methods and scripts share it and other settings do not."""
     header = {"model": args.model, "dataset": data.name, "data": data.fingerprint,
-              "fp_seed": args.fp_seed, "fp_epochs": args.fp_epochs, "lr": FP_LR,
+              "pad": PAD, "fp_seed": args.fp_seed, "fp_epochs": args.fp_epochs, "lr": FP_LR,
               "warmup": FP_WARMUP, "batch_size": args.batch_size, "decay": FP_DECAY}
     torch.manual_seed(args.fp_seed)
     model = build_model(args.model, data.classes)
@@ -628,8 +628,8 @@ class FakeQuantize(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, step, zero_point, qmin, qmax, grad_scale):
-        x_int = (x / step).round_().add_(zero_point).clamp_(qmin, qmax)
-        x_hat = x_int.sub_(zero_point).mul_(step)
+        x_int = (x / step).round_().add_(zero_point).clamp_(qmin, qmax)  # Eq. 3
+        x_hat = x_int.sub_(zero_point).mul_(step)  # Eq. 3
         ctx.save_for_backward(x, x_hat, step, zero_point)
         ctx.bounds, ctx.grad_scale = (float(qmin), float(qmax)), grad_scale
         return x_hat
@@ -731,27 +731,30 @@ class Quantizer(nn.Module):
             if self.step.isnan().any():
                 raise RuntimeError("quantizer without a step: call common.calibrate(qmodel, images)")
             self.ready = True
-        # LSQ's gradient scale 1 / sqrt(N Qp), N the elements that share a step.
+        # LSQ's gradient scale 1 / sqrt(N q_max), N the elements that share a step.
         scale = (x.numel() / self.step.numel() * max(self.qmax, 1)) ** -0.5
         return fake_quantize(x, *self.grid(x), self.qmin, self.qmax, scale)
 
     @torch.no_grad()
     def initialize(self, x: Tensor, candidates: int = 100) -> None:
         """Step and zero point from data by Eq. 4-5, on the range a [x_min, x_max] that quantizes x
-        with the least squared error [choice; the paper's is a = 1].
+        with the least squared error [choice; the paper's is a = 1, `candidates` = 1].
 
-            s = a (x_max - x_min) / (2^q - 1),    z = round(q_max - a x_max / s)
+            s = a (x_max - x_min) / (2^q - 1)       Eq. 4
+            z = round(q_max - a x_max / s)          Eq. 5
+
+        The range is widened to hold 0 [choice], which padding and zeros after a ReLU need exactly.
         """
         rows = x.reshape(self.channels or 1, -1)
-        low, high = rows.amin(1).clamp_max(0), rows.amax(1).clamp_min(0)  # 0 stays representable
+        low, high = rows.amin(1).clamp_max(0), rows.amax(1).clamp_min(0)
         if self.symmetric:
             high = torch.maximum(-low, high)
             low = -high
-        step = (high - low) / (self.qmax - self.qmin)
+        step = (high - low) / (self.qmax - self.qmin)  # Eq. 4
         # A channel of zeros has no range: it takes the largest step of the others, or 1.
         step = torch.where(step > TINY, step, step.max() if step.max() > TINY else step + 1)
-        zero = (self.qmax - high / step).round() * (not self.symmetric)
-        rows = rows[:, ::1 + rows.shape[1] // 65536]  # a sample of a large tensor is enough
+        zero = (self.qmax - high / step).round() * (not self.symmetric)  # Eq. 5
+        rows = rows[:, ::rows.shape[1] // 65536 | 1]  # a sample is enough; odd, to meet all columns
         shrink = torch.arange(1, candidates + 1, device=x.device) / candidates
         error = torch.stack([
             (fake_quantize(rows, (a * step)[:, None], zero[:, None], self.qmin, self.qmax)
@@ -872,7 +875,8 @@ def dot(a: list[Tensor], b: list[Tensor]) -> Tensor:
 
 def hessian_trace(loss_fn: Callable[[], Tensor], params: list[Tensor], probes: int,
                   generator: torch.Generator | None = None) -> tuple[float, float]:
-    """Hutchinson: (mean, its standard error) of v.Hv over `probes` >= 2 random sign vectors v."""
+    """Tr(H), which Eq. 7 says noise penalises, by Hutchinson: (mean, its standard error) of v.Hv
+    over `probes` >= 2 random sign vectors v."""
     product, samples = hessian_vector(loss_fn, params), []
     for _ in range(probes):
         v = [torch.randint(0, 2, p.shape, generator=generator, device=p.device, dtype=p.dtype) * 2 - 1

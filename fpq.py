@@ -1,25 +1,26 @@
 """FPQ: Feature-Perturbed Quantization. Pang & Cai, "Stabilizing Quantization-Aware Training by
 Implicit-Regularization on Hessian Matrix", arXiv 2503.11159.
 
-The idea. A flat loss tolerates the jumps of rounding. Zero-mean noise on a network's features
-penalises the trace of the loss' Hessian without computing it (Eq. 7), so FPQ
+The idea. A flat loss tolerates the jumps of rounding. Zero-mean noise penalises the trace of the loss'
+Hessian without computing it (Eq. 7, for weights; the paper carries it over to features), so FPQ
   1. adds uniform noise, one quantization step wide, to the inputs of randomly chosen layers (SFP),
   2. holds every layer's output, channel by channel, to the shape that the full-precision network's
      has (CSD), which keeps the noise from pulling features away,
 and trains the LSQ-quantized network with the sum of cross-entropy and CSD (Eq. 22).
 
     paper                            here
-    x_l, z_l                         input and output of layer l: N x C x H x W, or N x C
-    s_l, q                           quantizer.step, bits
+    x_l, z_l                         input and output of layer l: N x C x H x W, or N x C; z_l is that
+                                     of the convolution or linear layer, before batch norm
+    s_l, z, q                        layer.input_quantizer .step, .zero_point, .bits     Eq. 3-5
     delta ~ U[-s_l/2, s_l/2], p      stochastic_feature_perturbation(x, step, p)     Eq. 9, 14
     z_l standardised                 standardize(z)                                  Eq. 15
     L_CSD                            csd_loss(student_feats, teacher_feats)          Eq. 16, 17
     L = L_CE + L_CSD                 train()                                         Eq. 22, Alg. 1
 
-    python fpq.py --bits 2                     full precision -> LSQ -> FPQ, about 3 minutes on a CPU
+    python fpq.py --bits 2 --dataset shapes    full precision -> LSQ -> FPQ, 2-3 minutes, two CPU cores
     python fpq.py --bits 2 --ablate --diagnose         the paper's ablation, its figures as numbers
 
-Measured: see the README's results; there is no row here or there that a printed command did not make.
+Measured: @MEASURED@
 """
 
 import argparse
@@ -27,14 +28,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 
-import common  # first, as it imports torch quietly
+import common  # before torch: it lets Ctrl-C during that import end quietly
 import torch
 import torch.nn.functional as F
 from common import Data, Run, calibrate, full_precision, product_layers, quantize, sgd
 from torch import Tensor, nn
 
 PAPER = {"model": "resnet18", "dataset": "cifar10", "batch_size": 256, "lr": 0.01, "epochs": 200,
-         "fp_epochs": 200, "weight_decay": 5e-4, "p": 0.1, "csd_weight": 1.0}  # section 4
+         "weight_decay": 5e-4, "p": 0.1}  # section 4; what is a choice of ours stays so
 
 
 def parse_args() -> argparse.Namespace:
@@ -43,7 +44,7 @@ def parse_args() -> argparse.Namespace:
     unit, weight = common.number(float, 0, 1), common.number(float, 0, 1e6)
     add = parser.add_argument
     add("--p", type=unit, default=0.1, help="Eq. 14: chance that a layer is perturbed in a step")
-    add("--csd-weight", type=weight, default=1.0, help="of L_CSD in Eq. 22 [choice; the paper: 1]")
+    add("--csd-weight", type=weight, default=1.0, help="of L_CSD in Eq. 22 [choice; the paper sums, unweighted]")
     add("--noise-at", choices=["operand", "input"], default="operand",
         help="Eq. 16: noise after the activation quantizer; or before it (dither)")
     add("--kd-weight", type=weight, default=1.0, help="of the distillation term of kd [choice]")
@@ -51,21 +52,20 @@ def parse_args() -> argparse.Namespace:
     add("--ablate", action="store_true", help="the paper's ablation: lsq, sfp, csd, fpq")
     add("--compare", choices=["kd"], help="train also a method of the paper's tables")
     add("--diagnose", action="store_true", help="figures 1, 2, 3 and 5 of the paper as numbers")
-    add("--recipe", choices=["paper"], help=f"the published protocol: {PAPER}")
-    if parser.parse_args().recipe:  # flags given beside --recipe win over it
-        parser.set_defaults(**PAPER)
-        print("--recipe paper sets", " ".join(f"--{k.replace('_', '-')} {v}" for k, v in PAPER.items()))
+    add("--recipe", choices=["paper"], help=f"the published schedule: {PAPER}")
+    if parser.parse_args().recipe:
+        parser.set_defaults(**PAPER)  # flags given beside --recipe win
     args = parser.parse_args()
-    if args.ablate:
-        args.method = ["lsq", "sfp", "csd", "fpq"]
-    if args.compare and args.compare not in args.method:
-        args.method = [*args.method, args.compare]
+    if args.recipe:
+        print("--recipe paper:", " ".join(f"--{k.replace('_', '-')} {getattr(args, k)}" for k in PAPER))
+    methods = (["lsq", "sfp", "csd", "fpq"] if args.ablate else []) + args.method
+    args.method = list(dict.fromkeys(methods + ([args.compare] if args.compare else [])))
     return common.finish_args(args)
 
 
 # ------------------------------------------------------------------------------------- the method
 
-# What each method takes of (p, weight of CSD, weight of KD). LSQ is FPQ with nothing.
+# Which of (--p, --csd-weight, --kd-weight) act in a method. LSQ is FPQ with none.
 METHODS = {"lsq": (0, 0, 0), "sfp": (1, 0, 0), "csd": (0, 1, 0), "fpq": (1, 1, 0), "kd": (0, 0, 1)}
 
 
@@ -73,35 +73,37 @@ def stochastic_feature_perturbation(x: Tensor, step: Tensor, p: float,
                                     generator: torch.Generator | None = None) -> Tensor:
     """SFP, Eq. 9 and 14: with probability p, x + delta, delta ~ U[-s/2, s/2] per element; else x.
 
-    x: any shape; step: a scalar. One coin for the whole tensor: noise in several layers at once has
-    a biased expectation (Prop. 1). The noise is a constant to the gradient. Without a generator the
-    coin is torch's CPU one, which no accelerator has to be waited for.
+    x: any shape; step: a scalar. One coin per layer and step, so that seldom several layers are
+    perturbed at once, which biases the expectation (Prop. 1). No gradient flows through delta
+    [choice]. Without a generator the coin is drawn on the CPU, so that no device is waited for.
     """
     coin_device = generator.device if generator else "cpu"
     if torch.rand((), generator=generator, device=coin_device) >= p:
         return x
-    delta = torch.rand(x.shape, generator=generator, device=x.device, dtype=x.dtype)
-    return x + delta.sub_(0.5).mul_(step.detach())  # Eq. 9
+    delta = torch.empty_like(x).uniform_(-0.5, 0.5, generator=generator)
+    return x + delta.mul_(step.detach())  # Eq. 9, 14
 
 
 def standardize(z: Tensor, eps: float = 1e-5) -> Tensor:
     """Eq. 15: each channel of z (N x C x ...) to mean 0 and variance 1 over all else.
 
         z~ = (z - mean_c) / sqrt(var_c + eps)          eps inside the root, the biased variance
+
+    The definition; training uses `channel_distance`, which needs no standardised copy.
     """
-    return F.batch_norm(z, None, None, training=True, eps=eps)
+    return F.batch_norm(z, None, None, training=True, eps=eps)  # Eq. 15
 
 
 class ChannelDistance(torch.autograd.Function):
-    """`channel_distance`. Its gradient is affine in student and teacher, so two passes over memory
-    do where autograd would take ten; teacher gets none."""
+    """`channel_distance`. Its gradient is a combination of student and teacher per channel, so two
+    passes over memory do where autograd would take ten; teacher gets none."""
 
     @staticmethod
     def forward(ctx, student, teacher, eps):
         over = [0, *range(2, student.dim())]
         mean_s, mean_t = student.mean(over), teacher.mean(over)
-        var_s = (student * student).mean(over) - mean_s.square()
-        var_t = (teacher * teacher).mean(over) - mean_t.square()
+        var_s = ((student * student).mean(over) - mean_s.square()).clamp_min(0)  # rounding
+        var_t = ((teacher * teacher).mean(over) - mean_t.square()).clamp_min(0)
         cov = (student * teacher).mean(over) - mean_s * mean_t
         s, t = var_s + eps, var_t + eps
         per_student = (eps / s + cov / (s * t).sqrt()) / s
@@ -113,6 +115,7 @@ class ChannelDistance(torch.autograd.Function):
         return (var_s / s + var_t / t - 2 * cov / (s * t).sqrt()).mean()
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         student, teacher, *factors = ctx.saved_tensors
         per_student, per_teacher, constant = (f * (2 * grad / student.numel()) for f in factors)
@@ -136,10 +139,10 @@ def csd_loss(student_feats: list[Tensor], teacher_feats: list[Tensor]) -> Tensor
         L_CSD = mean_l mean_(n,c,...) (z~_student - z~_teacher)^2
 
     The published sum over elements and layers grows with batch, image and depth and drowns the
-    cross-entropy; the means are ours [choice]. Value 0 (same up to scale) to 4 (mirrored).
+    cross-entropy; the means are ours [choice]. From 0 (equal but for shift and scale) to 4 (mirrored).
     """
     distances = [channel_distance(s, t) for s, t in zip(student_feats, teacher_feats, strict=True)]
-    return torch.stack(distances).mean()
+    return torch.stack(distances).mean()  # Eq. 17
 
 
 def kd_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 4.0) -> Tensor:
@@ -150,7 +153,9 @@ def kd_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float =
 
 
 def attach_sfp(student: nn.Module, p: float, noise_at: str) -> None:
-    """Perturb, in training only, what every quantized layer multiplies by its weight (Eq. 16)."""
+    """Perturb every quantized layer in training. A layer's output is w_hat * x_s (Eq. 16), so the
+    noise is on the quantized operand ("operand"); the other reading has it before the quantizer,
+    where it makes rounding stochastic ("input")."""
     def after(quantizer, inputs, x_hat):
         return perturb(x_hat, quantizer.step) if quantizer.training else x_hat
 
@@ -171,9 +176,11 @@ def layer_outputs(model: nn.Module) -> Iterator[list[Tensor]]:
     outputs = []
     hooks = [layer.register_forward_hook(lambda layer, inputs, z: outputs.append(z))
              for layer in product_layers(model).values()]
-    yield outputs
-    for hook in hooks:
-        hook.remove()
+    try:
+        yield outputs
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 # ----------------------------------------------------------------------------------- the training
@@ -181,10 +188,11 @@ def layer_outputs(model: nn.Module) -> Iterator[list[Tensor]]:
 
 def train(args: argparse.Namespace, data: Data, method: str, seed: int,
           network: nn.Module) -> tuple[nn.Module, dict, list[dict]]:
-    """Algorithm 1: (quantized network, result, history), starting from full-precision `network`."""
+    """Algorithm 1: (quantized network, result, history). Both start as the full-precision `network`:
+    the student, and the teacher, which stays as it is, in eval mode."""
     takes = METHODS[method]
     p, csd_weight, kd_weight = takes[0] * args.p, takes[1] * args.csd_weight, takes[2] * args.kd_weight
-    student, teacher = quantize(network, args.wbits, args.abits), network
+    student, teacher = quantize(network, args.wbits, args.abits, args.quantizer), network
     calibrate(student, data.sample(100)[0])  # Eq. 4-5
     optimizer = sgd(student, args.lr, args.weight_decay)
     run = Run(args, data, student, optimizer, method, seed, args.epochs, args.lr)
@@ -242,7 +250,7 @@ def output_variance(model: nn.Module, images: Tensor, sigma: float, draws: int =
 
 def gradient_norm(model: nn.Module, data: Data, place: str, width: float) -> float:
     """Fig. 2: norm of the loss gradient in the weights, with uniform noise `width` steps wide on all
-    quantized weights (place "weight") or on all quantized features ("input"); mean of 8 draws."""
+    quantized weights (place "weight") or all quantized features ("feature"); mean of 8 draws."""
     def noise(quantizer, inputs, x_hat):
         step = width * quantizer.grid(x_hat)[0]
         return x_hat + (torch.rand_like(x_hat) - 0.5) * step.detach()
@@ -250,7 +258,8 @@ def gradient_norm(model: nn.Module, data: Data, place: str, width: float) -> flo
     torch.manual_seed(0)
     images, labels = data.sample(256)
     layers = product_layers(model).values()
-    hooks = [getattr(layer, f"{place}_quantizer").register_forward_hook(noise) for layer in layers]
+    quantizers = [q.weight_quantizer if place == "weight" else q.input_quantizer for q in layers]
+    hooks = [q.register_forward_hook(noise) for q in quantizers]
     weights, norms = [layer.weight for layer in layers], []
     for _ in range(8):
         grads = torch.autograd.grad(F.cross_entropy(model(images), labels), weights)
@@ -285,7 +294,7 @@ def diagnose(data: Data, network: nn.Module, trained: dict[str, tuple]) -> None:
     print("\nFig. 2  gradient norm under noise `width` steps wide on weights | on features")
     print(f"{'width':<9}" + "".join(f"{n:<22}" for n in names))
     for width in (0.0, 0.25, 0.5, 1.0):
-        cells = ((gradient_norm(trained[n][0], data, place, width) for place in ("weight", "input"))
+        cells = ((gradient_norm(trained[n][0], data, place, width) for place in ("weight", "feature"))
                  for n in names)
         print(f"{width:<9}" + "".join(f"{f'{w:.3f} | {x:.3f}':<22}" for w, x in cells))
     print("\nFig. 3  drift of channel means from full precision, in its standard deviations")
@@ -296,8 +305,9 @@ def diagnose(data: Data, network: nn.Module, trained: dict[str, tuple]) -> None:
     print("\nFig. 5  Hessian trace ± standard error of the estimate, by epoch")
     print(f"{'epoch':<9}" + "".join(f"{n:<22}" for n in names))
     for row in zip(*(trained[n][2] for n in names)):
-        cells = (h.get("trace", (float("nan"),) * 2) for h in row)
-        print(f"{row[0]['epoch']:<9}" + "".join(f"{f'{t:.1f} ± {e:.1f}':<22}" for t, e in cells))
+        cells = (f"{h['trace'][0]:.1f} ± {h['trace'][1]:.1f}" if "trace" in h else "not recorded"
+                 for h in row)  # a run resumed after training without --diagnose has none
+        print(f"{row[0]['epoch']:<9}" + "".join(f"{cell:<22}" for cell in cells))
 
 
 def main() -> None:
