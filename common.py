@@ -26,11 +26,11 @@ import math
 import os
 import shlex
 import socket
+import threading
 import time
 import urllib.request
 import zlib
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -107,7 +107,7 @@ def finish_args(args: argparse.Namespace) -> argparse.Namespace:
                        else "mps" if torch.backends.mps.is_available() else "cpu")
     try:
         args.device = torch.device(args.device)
-        torch.zeros(1, device=args.device)
+        torch.zeros(1, device=args.device).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise UsageError(f"--device {args.device} cannot be used here "
                          f"({str(error).splitlines()[0]}); try --device cpu") from None
@@ -116,7 +116,7 @@ def finish_args(args: argparse.Namespace) -> argparse.Namespace:
         args.batch_size = min(args.batch_size, 32)
     args.out.mkdir(parents=True, exist_ok=True)
     open(args.out / "results.jsonl", "a").close()  # an unwritable --out shows before any work
-    use_compiled(args.compile)
+    use_compiled(args.compile, args.device)
     torch.backends.cudnn.deterministic = True  # same command, same machine: same bits
     return args
 
@@ -139,6 +139,10 @@ def entry(main: Callable[[], None]) -> None:
         code, line = 2, f"error: {error}"
     except FloatingPointError as error:
         code, line = 3, f"stopped: {error}"
+    except RuntimeError as error:
+        if "allocate" not in str(error):
+            raise
+        code, line = 2, "error: out of memory; try a smaller --batch-size"
     except KeyboardInterrupt:
         code, line = 130, "interrupted; --resume goes on from the last whole epoch"
     print(f"\n{Path(sys.argv[0]).name}: {line}", file=sys.stderr)
@@ -183,6 +187,7 @@ class Run:
         self.args, self.data, self.model, self.optimizer = args, data, model, optimizer
         self.method, self.seed, self.total, self.peak, self.warmup = method, seed, epochs, lr, warmup
         self.script, self.history, self.finished = Path(sys.argv[0]).stem, [], None
+        self.stream = seed * 100_003 + (2**41 if header else 0)  # full precision has one of its own
         flags = {k: str(v) for k, v in sorted(vars(args).items()) if k not in (
             "bits out resume seed data_dir device ablate compare diagnose recipe").split()}
         self.header = header or flags | {"script": self.script, "method": method, "seed": seed,
@@ -225,29 +230,29 @@ class Run:
 
     def epochs(self) -> Iterator[int]:
         for epoch in range(len(self.history), self.total):
-            torch.manual_seed(2**40 + self.seed * 100_003 + epoch)  # not the batches' stream
+            torch.manual_seed(2**40 + self.stream + epoch)  # not what the batches are drawn from
             self.epoch, self.sums, self.steps, self.notes = epoch, {}, 0, {}
             self.model.train()
             yield epoch
-            means = {k: v.item() / self.steps for k, v in self.sums.items()}
-            if not all(map(math.isfinite, means.values())):
+            acc, loss = evaluate(self.model, self.data)
+            if not all(map(math.isfinite, (loss, *self.means.values()))):
+                flag = "--batch-size, which its rate grows with" if self.method == "fp" else "--lr"
                 raise FloatingPointError(
                     f"{self.method}: the loss is not finite in epoch {epoch + 1}, learning rate "
-                    f"{self.optimizer.param_groups[0]['lr']:.3g}; try a smaller --lr. The "
+                    f"{self.optimizer.param_groups[0]['lr']:.3g}; try a smaller {flag}. The "
                     "checkpoint of the epoch before is kept")
-            acc, loss = evaluate(self.model, self.data)
-            self.history.append({"epoch": epoch + 1, **means, "test_loss": loss, "test_acc": acc,
+            self.history.append({"epoch": epoch + 1, **self.means, "test_loss": loss, "test_acc": acc,
                                  "seconds": self.seconds, **self.notes})
             self.save()
             left = int((self.total - epoch - 1) * np.mean([h["seconds"] for h in self.history]))
             print(f"{self.method:<5} seed {self.seed}  epoch {epoch + 1:>3}/{self.total}  "
-                  + "  ".join(f"{k} {v:.4f}" for k, v in means.items())
+                  + "  ".join(f"{k} {v:.4f}" for k, v in self.means.items())
                   + f"  test loss {loss:.4f}  test acc {acc:5.2f} %  {self.seconds:5.1f} s  "
                   f"left {left // 60}:{left % 60:02d}", flush=True)
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         started = time.perf_counter()
-        draws = torch.Generator().manual_seed(self.seed * 100_003 + self.epoch)
+        draws = torch.Generator().manual_seed(self.stream + self.epoch)
         steps = self.data.steps(self.args.batch_size)
         for i, batch in enumerate(self.data.batches(self.args.batch_size, draws)):
             for group in self.optimizer.param_groups:
@@ -255,6 +260,7 @@ class Run:
                                         self.warmup)
             self.steps = i + 1
             yield batch
+        self.means = {k: v.item() / self.steps for k, v in self.sums.items()}  # waits for the device
         self.seconds = time.perf_counter() - started
 
     def log(self, **losses: Tensor) -> None:
@@ -266,22 +272,25 @@ class Run:
         self.notes |= numbers
 
     def finish(self, wbits: int | None = None, abits: int | None = None) -> dict:
-        """The result as a dict; appended to results.jsonl once, however often it is resumed."""
+        """The result as a dict; one line of results.jsonl, however often the run is resumed."""
+        a = self.args
         if self.finished:
             print(f"{self.method:<5} seed {self.seed}  already trained: {self.path}")
-            return self.finished
-        a, last = self.args, self.history[-1]
-        self.finished = {
-            "script": self.script, "method": self.method, "dataset": self.data.name,
-            "model": a.model, "wbits": wbits or a.wbits, "abits": abits or a.abits,
-            "seed": self.seed, "epochs": self.total, "train_size": len(self.data.train_labels),
-            "test_acc": last["test_acc"], "test_loss": last["test_loss"],
-            "seconds_per_epoch": float(np.mean([h["seconds"] for h in self.history])),
-            "torch": str(torch.__version__), "device": str(a.device),
-            "command": shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])}
-        with open(a.out / "results.jsonl", "ab", buffering=0) as file:  # one write, a whole line
-            file.write(json.dumps(self.finished).encode() + b"\n")
-        self.save()
+        else:
+            self.finished = {
+                "script": self.script, "method": self.method, "dataset": self.data.name,
+                "model": a.model, "wbits": wbits or a.wbits, "abits": abits or a.abits,
+                "seed": self.seed, "epochs": self.total, "train_size": len(self.data.train_labels),
+                "test_acc": self.history[-1]["test_acc"], "test_loss": self.history[-1]["test_loss"],
+                "seconds_per_epoch": float(np.mean([h["seconds"] for h in self.history])),
+                "torch": str(torch.__version__), "device": str(a.device),
+                "command": shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])}
+            self.save()
+        line = json.dumps(self.finished).encode() + b"\n"
+        with open(a.out / "results.jsonl", "a+b", buffering=0) as file:
+            file.seek(0)
+            if line not in file.read():  # a kill after save() may have come before this
+                file.write(line)  # appended whole: two processes do not mix
         return self.finished
 
 
@@ -341,17 +350,22 @@ class Data:
     def batches(self, batch_size: int, draws: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
         """One shuffled, augmented epoch of (images N x 3 x 32 x 32, labels N). `draws` lives on the
         CPU, so that a seed means the same batches on every device."""
-        order = torch.randperm(len(self.train_labels), generator=draws).to(self.train_labels.device)
-        for index in order.split(batch_size)[:self.steps(batch_size)]:
-            yield self.augment(index, draws), self.train_labels[index]
+        n = len(self.train_labels)
+        order = torch.randperm(n, generator=draws)
+        corner = torch.randint(0, 2 * PAD + 1, (2, n), generator=draws)
+        flip = torch.randint(0, 2, (n,), generator=draws).bool()
+        order, corner, flip = (t.to(self.train_labels.device) for t in (order, corner, flip))
+        for i in range(self.steps(batch_size)):  # all draws are on the device: no step waits
+            at = slice(i * batch_size, (i + 1) * batch_size)
+            index = order[at]
+            yield self.augment(index, corner[:, at], flip[at]), self.train_labels[index]
 
-    def augment(self, index: Tensor, draws: torch.Generator) -> Tensor:
-        """The training images `index`, each cropped and flipped at random, normalised."""
-        corner = torch.randint(0, 2 * PAD + 1, (2, len(index), 1), generator=draws)
-        flip = torch.randint(0, 2, (len(index), 1), generator=draws).bool()
-        line = torch.arange(32)
-        rows = (corner[0] + line).to(index.device)
-        columns = (corner[1] + torch.where(flip, 31 - line, line)).to(index.device)
+    def augment(self, index: Tensor, corner: Tensor, flip: Tensor) -> Tensor:
+        """The training images `index` (N), each cut out at its corner (2 x N, row and column) and
+        mirrored where flip (N) says so, normalised."""
+        line = torch.arange(32, device=index.device)
+        rows = corner[0, :, None] + line
+        columns = corner[1, :, None] + torch.where(flip[:, None], 31 - line, line)
         return self.normalize(
             self.train_padded[index[:, None, None], rows[:, :, None], columns[:, None, :]])
 
@@ -387,9 +401,11 @@ def load_data(name: str, data_dir: Path, train_size: int | None = None, seed: in
                              f"{real}) to {len(train_y)} (its training images)")
         keep = balanced_subset(train_y, train_size, seed)
         train_x, train_y = train_x[keep], train_y[keep]
-    if dry_run:
-        train_x, train_y, test_x, test_y = train_x[:64], train_y[:64], test_x[:64], test_y[:64]
-    pixels = train_x[:10_000].float().div(255).flatten(0, 2)  # float32 sums stay exact enough
+    if dry_run:  # every class, however the images are sorted
+        few = [slice(None, None, max(1, len(y) // 64)) for y in (train_y, test_y)]
+        train_x, train_y = train_x[few[0]].contiguous(), train_y[few[0]].contiguous()
+        test_x, test_y = test_x[few[1]].contiguous(), test_y[few[1]].contiguous()
+    pixels = train_x[::1 + len(train_x) // 10_000].float().div(255).flatten(0, 2)
     measured = pixels.mean(0), pixels.std(0).clamp_min(1e-3)
     mean, std = map(torch.tensor, PUBLISHED[real]) if real in PUBLISHED else measured
     fingerprint = 0
@@ -429,14 +445,17 @@ def import_torchvision():
 
 def reachable(url: str, seconds: float = 4.0) -> bool:
     """Whether `url` answers in time; asked in a thread, as looking up a name knows no time-out."""
-    pool = ThreadPoolExecutor(1)
-    try:
-        pool.submit(urllib.request.urlopen, url, timeout=seconds).result(seconds)
-    except (OSError, ValueError, TimeoutError):
-        return False
-    finally:
-        pool.shutdown(wait=False)
-    return True
+    def ask():
+        try:
+            urllib.request.urlopen(url, timeout=seconds).close()
+            answers.append(url)
+        except (OSError, ValueError):
+            return  # whatever the reason, it cannot be reached
+
+    answers, thread = [], threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return bool(answers)
 
 
 def read_torchvision(name: str, data_dir: Path) -> tuple:
@@ -458,7 +477,7 @@ def read_torchvision(name: str, data_dir: Path) -> tuple:
             raise UsageError(f"{name} could not be downloaded: {error}") from None
     out = []
     for part in parts:
-        images = torch.as_tensor(part.data)
+        images = torch.as_tensor(part.data).contiguous()  # CIFAR's is a transposed view
         if images.dim() == 3:  # grey, 28 x 28: centred on 32 x 32, three equal channels
             images = F.pad(images, (2, 2, 2, 2))[..., None].repeat(1, 1, 1, 3)
         out += [images, torch.as_tensor(part.targets)]
@@ -479,7 +498,7 @@ def read_folder(data_dir: Path) -> tuple:
             try:
                 image = folder.loader(path)
                 images[i] = image if image.size == (32, 32) else image.resize((32, 32))
-            except (OSError, SyntaxError, ValueError) as error:
+            except Exception as error:  # PIL raises many kinds for a damaged image
                 raise UsageError(f"{path} cannot be read as an image: {error}") from None
         classes.append(folder.classes)
         out += [torch.from_numpy(images), torch.tensor(folder.targets)]
@@ -604,7 +623,7 @@ def full_precision(args: argparse.Namespace, data: Data) -> tuple[nn.Module, dic
     torch.manual_seed(args.fp_seed)
     model = build_model(args.model, data.classes)
     model = model.to(args.device, memory_format=torch.channels_last)
-    lr = FP_LR * args.batch_size / 128
+    lr = FP_LR * min(args.batch_size, len(data.train_labels)) / 128
     optimizer = sgd(model, lr, FP_DECAY, nesterov=True)
     run = Run(args, data, model, optimizer, "fp", args.fp_seed, args.fp_epochs, lr, FP_WARMUP,
               header)
@@ -638,9 +657,11 @@ class FakeQuantize(torch.autograd.Function):
     def backward(ctx, grad):
         x, x_hat, step, zero_point = ctx.saved_tensors
         # dL/dx: the derivative of a hard tanh, one pass where a mask of booleans takes five. Its
-        # result takes the place of v, unless a second derivative is wanted, which still needs v.
+        # result takes the place of v, unless a second derivative is wanted, which still needs v (or
+        # on MPS, where older systems lose what is written to a channels_last tensor).
         v = (x / step).add_(zero_point)
-        place = {} if torch.is_grad_enabled() else {"grad_input": v}
+        keep = torch.is_grad_enabled() or x.device.type == "mps"
+        place = {} if keep else {"grad_input": v}
         grad_x = torch.ops.aten.hardtanh_backward(grad, v, *ctx.bounds, **place)
         # dL/ds = (<grad, x_hat> - <grad_x, x>) / s, as x_hat = round(v) s inside and Qn s or Qp s
         # outside: two inner products in place of a tensor of derivatives.
@@ -685,14 +706,16 @@ def straight_through(x: Tensor, step: Tensor, low: Tensor, high: Tensor) -> Tens
     return (v + (v.round() - v).detach()) * step
 
 
-def use_compiled(on: bool) -> bool:
+def use_compiled(on: bool, device: torch.device | str = "cpu") -> bool:
     """Compile `fake_quantize`, and nothing else, so hooks and methods stay eager; whether it worked.
-    Results agree with eager ones to rounding. Without a compiler: one line, and eager it stays."""
+    Results agree with eager ones to rounding, but for values exactly on a bound of the grid, whose
+    gradient passes. Without a compiler: one line, and eager it stays."""
     if on and not hasattr(use_compiled, "function"):
         use_compiled.function = torch.compile(straight_through, dynamic=True)
-        x = torch.ones(8, 8, requires_grad=True)
+        x = torch.ones(2, 3, 4, 4, device=device, requires_grad=True)
         try:
-            use_compiled.function(x, *torch.tensor([1.0, 0.0, 3.0])).sum().backward()
+            bounds = torch.tensor([1.0, 0.0, 3.0], device=device)
+            use_compiled.function(x, *bounds).sum().backward()
         except Exception as error:  # whatever the compiler's trouble, eager works
             print(f"--compile: running eager, as nothing can be compiled here "
                   f"({type(error).__name__})", file=sys.stderr)
@@ -863,8 +886,10 @@ def hessian_vector(loss_fn: Callable[[], Tensor], params: list[Tensor]) -> Calla
     """v -> H v, H the Hessian of loss_fn() in `params`; on a quantized network that of its
     straight-through gradients. Leaves .grad alone; the graph goes when the returned function does."""
     was, COMPILED[:] = COMPILED[:], []  # compiled code has no second derivative
-    grads = torch.autograd.grad(loss_fn(), params, create_graph=True, materialize_grads=True)
-    COMPILED[:] = was
+    try:
+        grads = torch.autograd.grad(loss_fn(), params, create_graph=True, materialize_grads=True)
+    finally:
+        COMPILED[:] = was
     return lambda v: torch.autograd.grad(grads, params, v, retain_graph=True,
                                          materialize_grads=True)
 

@@ -42,12 +42,10 @@ def test_every_shape_has_its_inside(kind, inside, outside):
 
 
 def test_augmentation_is_a_window_of_the_black_padded_image(tiny_data):
-    index = torch.arange(20)
-    images = tiny_data.augment(index, torch.Generator().manual_seed(3))
     draws = torch.Generator().manual_seed(3)
-    corner = torch.randint(0, 5, (2, 20, 1), generator=draws).squeeze(-1)
-    flip = torch.randint(0, 2, (20, 1), generator=draws)
-    assert 0 < flip.sum() < 20
+    index, corner = torch.arange(20), torch.randint(0, 5, (2, 20), generator=draws)
+    flip = torch.arange(20) % 3 == 0
+    images = tiny_data.augment(index, corner, flip)
     for i in index:
         padded = tiny_data.train_padded[i].permute(2, 0, 1)
         assert padded.shape == (3, 36, 36) and not padded[:, :2].any() and not padded[:, :, -2:].any()
@@ -56,6 +54,29 @@ def test_augmentation_is_a_window_of_the_black_padded_image(tiny_data):
         expected = (window / 255 - tiny_data.mean[:, None, None]) / tiny_data.std[:, None, None]
         torch.testing.assert_close(images[i], expected)
     assert images.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_every_image_has_a_crop_and_a_flip_of_its_own(tiny_data, monkeypatch):
+    seen = []
+    monkeypatch.setattr(common.Data, "augment", lambda self, *drawn: seen.append(drawn))
+    list(tiny_data.batches(16, torch.Generator().manual_seed(0)))
+    index, corner, flip = (torch.cat(parts, dim=-1) for parts in zip(*seen))
+    assert sorted(index.tolist()) == list(range(64)) and not torch.equal(index, torch.arange(64))
+    assert corner.unique().tolist() == [0, 1, 2, 3, 4] and not torch.equal(*corner)
+    assert 10 < flip.sum() < 54
+
+
+def test_mean_and_deviation_are_those_of_all_classes(tmp_path, monkeypatch):
+    dark, light = torch.zeros(9_000, 32, 32, 3, dtype=torch.uint8), torch.full((9_000, 32, 32, 3), 255,
+                                                                              dtype=torch.uint8)
+    labels = torch.arange(2).repeat_interleave(9_000)  # sorted by class, as folders are
+    images = torch.cat([dark, light])
+    monkeypatch.setattr(common, "read_folder", lambda _: (images, labels, images, labels, 2))
+    data = common.load_data("folder", tmp_path)
+    assert data.mean.tolist() == pytest.approx([0.5] * 3, abs=1e-3)
+    assert data.std.tolist() == pytest.approx([0.5] * 3, abs=1e-3)
+    few = common.load_data("folder", tmp_path, dry_run=True)
+    assert few.train_labels.bincount().min() > 30
 
 
 def test_batches_cover_an_epoch_once_and_depend_on_the_seed_only(tiny_data):
@@ -140,7 +161,7 @@ def test_cifar10_and_fashion_mnist_are_read_where_they_lie(tmp_path, monkeypatch
 
     datasets = common.import_torchvision().datasets
     monkeypatch.setattr(datasets, "CIFAR10", type("C", (Fake,), {
-        "pixels": lambda self, n: np.full((n, 32, 32, 3), 7, np.uint8)}))
+        "pixels": lambda self, n: np.full((n, 3, 32, 32), 7, np.uint8).transpose(0, 2, 3, 1)}))
     monkeypatch.setattr(datasets, "FashionMNIST", type("M", (Fake,), {
         "pixels": lambda self, n: torch.full((n, 28, 28), 7, dtype=torch.uint8)}))
     cifar = common.load_data("cifar10", tmp_path, train_size=3)
@@ -240,6 +261,32 @@ def test_result_table_has_mean_deviation_and_difference():
 
     table = common.result_table([row("lsq", 80.0, 0), row("lsq", 82.0, 1), row("fpq", 83.5, 0)], "lsq")
     assert "81.00 ± 1.41" in table and "+2.50" in table and "9 training images" in table
+
+
+def test_run_follows_the_schedule_and_draws_anew_each_epoch_and_seed(tiny_data, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["fpq.py", "--dataset", "shapes", "--out", str(tmp_path)])
+    args = fpq.parse_args()
+    args.batch_size = 32
+
+    def follow(seed, **options):
+        model = nn.Sequential(nn.Flatten(), nn.Linear(3072, 10))
+        run = common.Run(args, tiny_data, model, common.sgd(model, 9.0, 0), "x", seed, 3, 0.5, **options)
+        rates, first_labels, noise = [], [], []
+        for _ in run.epochs():
+            noise.append(torch.rand(()).item())
+            for i, (images, labels) in enumerate(run.batches()):
+                rates.append(run.optimizer.param_groups[0]["lr"])
+                first_labels += [labels.tolist()] if i == 0 else []
+                run.log(loss=images.mean())
+        return rates, first_labels, noise
+
+    rates, labels, noise = follow(0, warmup=0.5)
+    assert rates == [common.cosine_lr(i, 6, 0.5, 0.5) for i in range(6)]
+    again, other = follow(0), follow(1)
+    assert again[1:] == (labels, noise)
+    everything = labels + other[1]
+    assert all(a != b for i, a in enumerate(everything) for b in everything[:i])
+    assert len(set(noise + other[2])) == 6
 
 
 SHORT = ["--dataset", "shapes", "--train-size", "128", "--batch-size", "64", "--fp-epochs", "1",

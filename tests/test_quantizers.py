@@ -76,6 +76,12 @@ def test_gradient_mask_uses_the_value_before_rounding():
     assert gs.item() == pytest.approx(3 + 0.3)
 
 
+def test_a_value_on_the_bound_counts_as_outside():
+    x, step = torch.tensor([3.0, 0.0, -1.0]).requires_grad_(), torch.tensor(1.0).requires_grad_()
+    gx, gs = torch.autograd.grad(fake_quantize(x, step, torch.tensor(1.0), 0, 3).sum(), (x, step))
+    assert gx.tolist() == [0, 1, 0] and gs.item() == 2 + 0 - 1  # Qp = 2, Qn = -1
+
+
 def test_fake_quantize_is_twice_differentiable_like_the_composite():
     x, step, zero, qmin, qmax = draw(2, False, torch.float64)
     weight = torch.randn(x.shape, dtype=torch.float64)
