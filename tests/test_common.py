@@ -2,7 +2,6 @@
 
 import gc
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -293,49 +292,77 @@ SHORT = ["--dataset", "shapes", "--train-size", "128", "--batch-size", "64", "--
          "--epochs", "2", "--method", "fpq", "--p", "0.5"]
 
 
-def test_resume_is_bit_identical_and_a_finished_run_does_nothing(run_script, tmp_path):
-    out = tmp_path / "out"
-    assert run_script("fpq.py", *SHORT).returncode == 0
-    checkpoint = next(out.glob("fpq-*.pt"))
+def test_resume_is_bit_identical_and_a_finished_run_does_nothing(monkeypatch, capsys, tmp_path):
+    def run(*flags):
+        """(exit code, stdout, stderr) of fpq.py with SHORT and flags, in this process."""
+        monkeypatch.setattr(sys, "argv", ["fpq.py", "--out", str(tmp_path), *SHORT, *flags])
+        code = 0
+        try:
+            common.entry(fpq.main)
+        except SystemExit as stop:
+            code = stop.code
+        return code, *capsys.readouterr()
+
+    assert run()[0] == 0
+    checkpoint, results = next(tmp_path.glob("fpq-*.pt")), tmp_path / "results.jsonl"
     whole = torch.load(checkpoint, weights_only=True)
-    line = json.loads((out / "results.jsonl").read_text().splitlines()[-1])
+    line = json.loads(results.read_text().splitlines()[-1])
     assert line["dataset"] == "shapes" and line["epochs"] == 2 and line["wbits"] == line["abits"] == 2
     assert line["test_acc"] == whole["history"][-1]["test_acc"] and "--p 0.5" in line["command"]
 
-    checkpoint.unlink()
-    stop = ("import sys, common, fpq\n"
-            "save = common.Run.save\n"
-            "def once(run):\n"
-            "    save(run)\n"
-            "    if run.method == 'fpq': raise KeyboardInterrupt\n"
-            "common.Run.save = once\n"
-            "common.entry(fpq.main)\n")
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    script = tmp_path / "fpq.py"
-    script.write_text(stop.replace("import sys, common, fpq", "import importlib.util, common\n"
-                      f"spec = importlib.util.spec_from_file_location('f', {str(ROOT / 'fpq.py')!r})\n"
-                      "fpq = importlib.util.module_from_spec(spec); spec.loader.exec_module(fpq)"))
-    stopped = subprocess.run([sys.executable, str(script), "--out", str(out), *SHORT], env=env,
-                             capture_output=True, text=True)
-    assert stopped.returncode == 130 and "Traceback" not in stopped.stderr, stopped.stderr
+    save = common.Run.save
+    with monkeypatch.context() as patch:
+        def save_once(run):
+            save(run)
+            if run.method == "fpq":
+                raise KeyboardInterrupt
+        patch.setattr(common.Run, "save", save_once)
+        code, _, err = run()
+        assert code == 130 and "--resume" in err
     assert len(torch.load(checkpoint, weights_only=True)["history"]) == 1
-    assert run_script("fpq.py", *SHORT, "--resume").returncode == 0
+    assert run("--resume")[0] == 0
     resumed = torch.load(checkpoint, weights_only=True)
     assert all(torch.equal(v, resumed["model"][k]) for k, v in whole["model"].items())
-    times = ("seconds",)
     for a, b in zip(whole["history"], resumed["history"], strict=True):
-        assert {k: v for k, v in a.items() if k not in times} == {
-            k: v for k, v in b.items() if k not in times}
+        assert a | {"seconds": 0} == b | {"seconds": 0}
 
-    lines = (out / "results.jsonl").read_text()
-    again = run_script("fpq.py", *SHORT, "--resume")
-    assert again.returncode == 0 and "already trained" in again.stdout
-    assert (out / "results.jsonl").read_text() == lines
-    refused = run_script("fpq.py", *SHORT, "--resume", "--lr", "0.5")
-    assert refused.returncode == 2 and "was made with lr 0.02" in refused.stderr
+    lines = results.read_text()
+    results.write_text("".join(lines.splitlines(True)[:-1]))  # as a kill before the line is written
+    for _ in range(2):
+        code, out, _ = run("--resume")
+        assert code == 0 and "fpq   seed 0  already trained" in out and results.read_text() == lines
+    code, _, err = run("--resume", "--lr", "0.5")
+    assert code == 2 and "was made with lr 0.02" in err
     checkpoint.write_bytes(checkpoint.read_bytes()[:1000])
-    refused = run_script("fpq.py", *SHORT, "--resume")
-    assert refused.returncode == 2 and "is damaged" in refused.stderr
+    code, _, err = run("--resume")
+    assert code == 2 and "is damaged" in err and len(err.strip().splitlines()) == 1
+    assert not list(tmp_path.glob("*.part"))
+
+
+def test_full_precision_is_trained_once_and_never_mistaken(monkeypatch, tmp_path, capsys, tiny_data):
+    monkeypatch.setattr(sys, "argv", ["fpq.py", "--dataset", "shapes", "--out", str(tmp_path),
+                                      "--fp-epochs", "1"])
+    args = fpq.parse_args()
+    network, result = common.full_precision(args, tiny_data)
+    again, same = common.full_precision(args, tiny_data)
+    assert "already trained" in capsys.readouterr().out and same == result and not again.training
+    assert all(torch.equal(v, again.state_dict()[k]) for k, v in network.state_dict().items())
+    assert len((tmp_path / "results.jsonl").read_text().splitlines()) == 1
+    (file,) = tmp_path.glob("fp-*.pt")
+
+    other_data = common.load_data("shapes", tmp_path, train_size=64)
+    assert other_data.fingerprint != tiny_data.fingerprint
+    for change in ({"fp_seed": 1}, {"fp_epochs": 2}, {"batch_size": 32}, {"data": other_data}):
+        data = change.pop("data", tiny_data)
+        before = set(tmp_path.glob("fp-*.pt"))
+        common.full_precision(type(args)(**(vars(args) | change)), data)
+        assert len(set(tmp_path.glob("fp-*.pt")) - before) == 1
+
+    state = torch.load(file, weights_only=True)
+    state["header"]["model"] = "resnet20"
+    torch.save(state, file)
+    with pytest.raises(common.UsageError, match="made with model resnet20, this command says resnet8"):
+        common.full_precision(args, tiny_data)
 
 
 def in_process(monkeypatch, capsys, *flags):
@@ -368,7 +395,7 @@ def test_divergence_stops_with_exit_code_3(monkeypatch, capsys, tmp_path):
     assert code == 3 and "kd: the loss is not finite in epoch 1" in err and "--lr" in err
 
 
-@pytest.mark.parametrize("seconds", [0.3, 9.0])
+@pytest.mark.parametrize("seconds", [0.3, 7.0])
 def test_ctrl_c_ends_in_one_line_and_exit_code_130(tmp_path, seconds):
     process = subprocess.Popen([sys.executable, str(ROOT / "fpq.py"), "--dataset", "shapes", "--out",
                                 str(tmp_path)], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
