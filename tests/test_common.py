@@ -403,5 +403,8 @@ def test_ctrl_c_ends_in_one_line_and_exit_code_130(tmp_path, seconds):
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     time.sleep(seconds)
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=30)
+    try:
+        _, err = process.communicate(timeout=30)
+    finally:
+        process.kill()
     assert process.returncode == 130 and "Traceback" not in err and len(err.strip().splitlines()) <= 1
