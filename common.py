@@ -11,12 +11,6 @@ Symbols follow the papers' shared protocol (FPQ, arXiv 2503.11159, section 3.1):
 bits q, integer x_int, de-quantized value x_hat.
 """
 
-import sys
-
-try:
-    import torch
-except KeyboardInterrupt:  # importing takes seconds; Ctrl-C then should be as quiet as later on
-    sys.exit(130)
 import argparse
 import copy
 import ctypes
@@ -26,6 +20,7 @@ import math
 import os
 import shlex
 import socket
+import sys
 import threading
 import time
 import urllib.request
@@ -35,6 +30,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
@@ -647,8 +643,11 @@ class FakeQuantize(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, step, zero_point, qmin, qmax, grad_scale):
-        x_int = (x / step).round_().add_(zero_point).clamp_(qmin, qmax)  # Eq. 3
-        x_hat = x_int.sub_(zero_point).mul_(step)  # Eq. 3
+        x_int = (x / step).round_()
+        if zero_point is None:
+            x_hat = x_int.clamp_(qmin, qmax).mul_(step)
+        else:
+            x_hat = x_int.add_(zero_point).clamp_(qmin, qmax).sub_(zero_point).mul_(step)  # Eq. 3
         ctx.save_for_backward(x, x_hat, step, zero_point)
         ctx.bounds, ctx.grad_scale = (float(qmin), float(qmax)), grad_scale
         return x_hat
@@ -659,7 +658,9 @@ class FakeQuantize(torch.autograd.Function):
         # dL/dx: the derivative of a hard tanh, one pass where a mask of booleans takes five. Its
         # result takes the place of v, unless a second derivative is wanted, which still needs v (or
         # on MPS, where older systems lose what is written to a channels_last tensor).
-        v = (x / step).add_(zero_point)
+        v = x / step
+        if zero_point is not None:
+            v.add_(zero_point)
         keep = torch.is_grad_enabled() or x.device.type == "mps"
         place = {} if keep else {"grad_input": v}
         grad_x = torch.ops.aten.hardtanh_backward(grad, v, *ctx.bounds, **place)
@@ -679,7 +680,7 @@ def in_memory_order(t: Tensor, like: Tensor) -> Tensor:
     return (t.permute(0, 2, 3, 1) if channels_last else t).reshape(-1)
 
 
-def fake_quantize(x: Tensor, step: Tensor, zero_point: Tensor, qmin: int, qmax: int,
+def fake_quantize(x: Tensor, step: Tensor, zero_point: Tensor | float, qmin: int, qmax: int,
                   grad_scale: float = 1.0) -> Tensor:
     """Quantize and de-quantize (FPQ Eq. 3) with the gradients of LSQ (its Eq. 3 and 5).
 
@@ -688,12 +689,18 @@ def fake_quantize(x: Tensor, step: Tensor, zero_point: Tensor, qmin: int, qmax: 
         dx_hat/ds = round(v) - v inside, Qn below, Qp above; v = x/s, Qn = q_min - z, Qp = q_max - z
 
     step (> 0) and zero_point (integers, fixed) broadcast against x; grad_scale multiplies dL/ds.
-    The mask is on the value before rounding. Twice differentiable, unless compiled.
+    The mask is on the value before rounding. Twice differentiable, unless compiled. A zero_point
+    that is a number costs three passes over x less: it goes into the bounds, as
+    clip(n + z, a, b) - z = clip(n, a - z, b - z).
     """
+    if not isinstance(zero_point, Tensor):
+        qmin, qmax, zero_point = qmin - zero_point, qmax - zero_point, None
     if COMPILED and step.numel() == 1 and x.requires_grad and torch.is_grad_enabled():
         scaled = step * grad_scale
         step = step.detach() + (scaled - scaled.detach())  # the step's value, grad_scale its slope
-        return COMPILED[0](x, step, qmin - zero_point, qmax - zero_point)
+        shift = 0 if zero_point is None else zero_point
+        low, high = (torch.full((), float(q), device=x.device) - shift for q in (qmin, qmax))
+        return COMPILED[0](x, step, low, high)  # tensors: new numbers would mean to compile anew
     return FakeQuantize.apply(x, step, zero_point, qmin, qmax, grad_scale)
 
 
@@ -742,7 +749,11 @@ class Quantizer(nn.Module):
         shape = () if channels is None else (channels,)
         self.step = nn.Parameter(torch.full(shape, math.nan))
         self.register_buffer("zero_point", torch.zeros(shape))
-        self.ready = False  # once a step is seen to be no NaN, it is not looked at again
+        self.zero = None  # zero_point as `fake_quantize` takes it, once seen to be calibrated
+        self.register_load_state_dict_post_hook(Quantizer.forget)
+
+    def forget(self, *_) -> None:
+        self.zero = None
 
     def grid(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(|step|, zero point), shaped to broadcast against x."""
@@ -750,13 +761,15 @@ class Quantizer(nn.Module):
         return self.step.abs().clamp_min(TINY).reshape(shape), self.zero_point.reshape(shape)
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.ready:
+        step, zero_point = self.grid(x)
+        if self.zero is None:
             if self.step.isnan().any():
                 raise RuntimeError("quantizer without a step: call common.calibrate(qmodel, images)")
-            self.ready = True
+            self.zero = zero_point.tolist()
+        zero = zero_point if self.channels else self.zero
         # LSQ's gradient scale 1 / sqrt(N q_max), N the elements that share a step.
         scale = (x.numel() / self.step.numel() * max(self.qmax, 1)) ** -0.5
-        return fake_quantize(x, *self.grid(x), self.qmin, self.qmax, scale)
+        return fake_quantize(x, step, zero, self.qmin, self.qmax, scale)
 
     @torch.no_grad()
     def initialize(self, x: Tensor, candidates: int = 100) -> None:
@@ -784,6 +797,7 @@ class Quantizer(nn.Module):
              - rows).square().sum(1) for a in shrink])
         self.step.copy_((step * shrink[error.argmin(0)]).reshape(self.step.shape))
         self.zero_point.copy_(zero.reshape(self.step.shape))
+        self.forget()
 
 
 class QuantConv2d(nn.Module):

@@ -29,7 +29,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 
-import common  # before torch: it lets Ctrl-C during that import end quietly
+import common
 import torch
 import torch.nn.functional as F
 from common import Data, Run, calibrate, full_precision, product_layers, quantize, sgd
@@ -95,17 +95,23 @@ def standardize(z: Tensor, eps: float = 1e-5) -> Tensor:
     return F.batch_norm(z, None, None, training=True, eps=eps)  # Eq. 15
 
 
+def channel_mean(z: Tensor) -> Tensor:
+    """Mean of each channel of z (N x C x ...), by a product with ones: in channels_last order three
+    times as fast as .mean, which goes through memory against the grain there."""
+    rows = z.movedim(1, -1).reshape(-1, z.shape[1])
+    return rows.new_ones(len(rows)) @ rows / len(rows)
+
+
 class ChannelDistance(torch.autograd.Function):
     """`channel_distance`. Its gradient is a combination of student and teacher per channel, so two
     passes over memory do where autograd would take ten; teacher gets none."""
 
     @staticmethod
     def forward(ctx, student, teacher, eps):
-        over = [0, *range(2, student.dim())]
-        mean_s, mean_t = student.mean(over), teacher.mean(over)
-        var_s = ((student * student).mean(over) - mean_s.square()).clamp_min(0)  # rounding
-        var_t = ((teacher * teacher).mean(over) - mean_t.square()).clamp_min(0)
-        cov = (student * teacher).mean(over) - mean_s * mean_t
+        mean_s, mean_t = channel_mean(student), channel_mean(teacher)
+        var_s = (channel_mean(student * student) - mean_s.square()).clamp_min(0)  # rounding
+        var_t = (channel_mean(teacher * teacher) - mean_t.square()).clamp_min(0)
+        cov = channel_mean(student * teacher) - mean_s * mean_t
         s, t = var_s + eps, var_t + eps
         per_student = (eps / s + cov / (s * t).sqrt()) / s
         per_teacher = -(s * t).rsqrt()
