@@ -26,7 +26,7 @@ import time
 import urllib.request
 import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -64,11 +64,11 @@ def number(kind: type, low: float, high: float) -> Callable:
     return parse
 
 
-def base_parser(description: str) -> Parser:
+def base_parser(description: str, fewest_bits: int = 2) -> Parser:
     """The flags that all scripts share; defaults are quick, `--recipe paper` is the protocol."""
     p = Parser(description=description, allow_abbrev=False,
                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    bits, count, seed = number(int, 2, 8), number(int, 1, 10**9), number(int, 0, 2**31)
+    bits, count, seed = number(int, fewest_bits, 8), number(int, 1, 10**9), number(int, 0, 2**31)
     add = p.add_argument
     add("--bits", type=bits, default=2, help="of weights and activations")
     add("--wbits", type=bits, help="of weights, if not --bits")
@@ -174,12 +174,15 @@ class Run:
         result = run.finish()                      # the line in results.jsonl
 
     Randomness restarts from (seed, epoch), so resuming at an epoch's start is bit-identical.
-    `header` names all that made the run; a checkpoint with another one is refused.
+    `header` names all that made the run; a checkpoint with another one is refused. What else training
+    depends on (an average of the weights, statistics of noise) goes into `extras`: objects with
+    state_dict and load_state_dict, by name.
     """
 
     def __init__(self, args: argparse.Namespace, data: "Data", model: nn.Module,
                  optimizer: torch.optim.Optimizer, method: str, seed: int, epochs: int, lr: float,
-                 warmup: float = 0.0, header: dict | None = None):
+                 warmup: float = 0.0, header: dict | None = None, extras: dict | None = None):
+        self.parts = {"model": model, "optimizer": optimizer} | (extras or {})
         self.args, self.data, self.model, self.optimizer = args, data, model, optimizer
         self.method, self.seed, self.total, self.peak, self.warmup = method, seed, epochs, lr, warmup
         self.script, self.history, self.finished = Path(sys.argv[0]).stem, [], None
@@ -208,21 +211,20 @@ class Run:
             if mine != theirs:
                 raise UsageError(f"{self.path} was made with {key} {theirs}, this command says "
                                  f"{mine}; take another --out or leave --resume away")
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        for name, part in self.parts.items():
+            part.load_state_dict(state[name])
         self.history, self.finished = state["history"], state["finished"]
 
     def save(self) -> None:
-        part = self.path.with_suffix(f".{os.getpid()}.part")  # so `path` is whole or absent
+        partial = self.path.with_suffix(f".{os.getpid()}.part")  # so `path` is whole or absent
         try:
-            torch.save({"header": self.header, "model": self.model.state_dict(),
-                        "optimizer": self.optimizer.state_dict(), "history": self.history,
-                        "finished": self.finished}, part)
-            os.replace(part, self.path)
+            torch.save({"header": self.header, "history": self.history, "finished": self.finished}
+                       | {name: part.state_dict() for name, part in self.parts.items()}, partial)
+            os.replace(partial, self.path)
         except RuntimeError as error:  # what torch.save raises when the disk is full
             raise OSError(f"{self.path} cannot be written: {str(error).splitlines()[0]}") from None
         finally:
-            part.unlink(missing_ok=True)
+            partial.unlink(missing_ok=True)
 
     def epochs(self) -> Iterator[int]:
         for epoch in range(len(self.history), self.total):
@@ -246,11 +248,11 @@ class Run:
                   + f"  test loss {loss:.4f}  test acc {acc:5.2f} %  {self.seconds:5.1f} s  "
                   f"left {left // 60}:{left % 60:02d}", flush=True)
 
-    def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def batches(self, views: tuple[str, ...] = ("crop+flip",)) -> Iterator[tuple[Tensor, ...]]:
         started = time.perf_counter()
         draws = torch.Generator().manual_seed(self.stream + self.epoch)
         steps = self.data.steps(self.args.batch_size)
-        for i, batch in enumerate(self.data.batches(self.args.batch_size, draws)):
+        for i, batch in enumerate(self.data.batches(self.args.batch_size, draws, views)):
             for group in self.optimizer.param_groups:
                 group["lr"] = cosine_lr(self.epoch * steps + i, self.total * steps, self.peak,
                                         self.warmup)
@@ -282,12 +284,17 @@ class Run:
                 "torch": str(torch.__version__), "device": str(a.device),
                 "command": shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])}
             self.save()
-        line = json.dumps(self.finished).encode() + b"\n"
-        with open(a.out / "results.jsonl", "a+b", buffering=0) as file:
-            file.seek(0)
-            if line not in file.read():  # a kill after save() may have come before this
-                file.write(line)  # appended whole: two processes do not mix
-        return self.finished
+        return record(a.out, self.finished)
+
+
+def record(out: Path, result: dict) -> dict:
+    """Append result to OUT/results.jsonl unless it is there already."""
+    line = json.dumps(result).encode() + b"\n"
+    with open(out / "results.jsonl", "a+b", buffering=0) as file:
+        file.seek(0)
+        if line not in file.read():  # a kill after the last checkpoint may have come before this
+            file.write(line)  # appended whole: two processes do not mix
+    return result
 
 
 def result_table(results: list[dict], baseline: str) -> str:
@@ -323,7 +330,7 @@ PAD = 2  # black pixels around a training image, out of which a random 32 x 32 w
 @dataclass
 class Data:
     """A data set on one device. Images are uint8 N x 32 x 32 x 3, those for training with PAD black
-    pixels around them; labels are int64 N; mean and std are those of the 3 channels."""
+    pixels around them; labels are int64 N, -1 if unknown; mean and std are those of the 3 channels."""
 
     name: str
     classes: int
@@ -343,18 +350,47 @@ class Data:
         """Batches per epoch. What is left over at the end is dropped: batch norm wants no rump."""
         return max(1, len(self.train_labels) // batch_size)
 
-    def batches(self, batch_size: int, draws: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
-        """One shuffled, augmented epoch of (images N x 3 x 32 x 32, labels N). `draws` lives on the
-        CPU, so that a seed means the same batches on every device."""
-        n = len(self.train_labels)
-        order = torch.randperm(n, generator=draws)
-        corner = torch.randint(0, 2 * PAD + 1, (2, n), generator=draws)
-        flip = torch.randint(0, 2, (n,), generator=draws).bool()
-        order, corner, flip = (t.to(self.train_labels.device) for t in (order, corner, flip))
+    def batches(self, batch_size: int, draws: torch.Generator,
+                views: tuple[str, ...] = ("crop+flip",)) -> Iterator[tuple[Tensor, ...]]:
+        """One shuffled epoch of (images N x 3 x 32 x 32 for each of `views`, labels N). A view whose
+        name lacks "crop" or "flip" goes without it. `draws` lives on the CPU, so that a seed means
+        the same batches on every device; the first view is the same however many there are."""
+        n, device = len(self.train_labels), self.train_labels.device
+        order, moves = self.order(batch_size, draws).to(device), []
+        for view in views:
+            corner = torch.randint(0, 2 * PAD + 1, (2, n), generator=draws)
+            flip = torch.randint(0, 2, (n,), generator=draws).bool()
+            moves.append(((corner if "crop" in view else corner * 0 + PAD).to(device),
+                          (flip & ("flip" in view)).to(device)))
         for i in range(self.steps(batch_size)):  # all draws are on the device: no step waits
             at = slice(i * batch_size, (i + 1) * batch_size)
             index = order[at]
-            yield self.augment(index, corner[:, at], flip[at]), self.train_labels[index]
+            yield (*(self.augment(index, corner[:, at], flip[at]) for corner, flip in moves),
+                   self.train_labels[index])
+
+    def order(self, batch_size: int, draws: torch.Generator) -> Tensor:
+        """The training images of an epoch in random order. If some have no label (-1), a quarter of
+        each batch are labelled ones; either kind begins anew when it is used up."""
+        n, labelled = len(self.train_labels), self.train_labels.cpu() >= 0
+        if labelled.all():
+            return torch.randperm(n, generator=draws)
+        batch_size = min(batch_size, n)
+        shares = batch_size // 4, batch_size - batch_size // 4
+        columns = []
+        for of, share in zip((labelled, ~labelled), shares):
+            of, count = of.nonzero().flatten(), self.steps(batch_size) * share
+            rounds = [of[torch.randperm(len(of), generator=draws)]
+                      for _ in range(math.ceil(count / len(of)))]
+            columns.append(torch.cat(rounds)[:count].reshape(-1, share))
+        return torch.cat(columns, 1).flatten()
+
+    def labelled(self) -> "Data":
+        """The labelled training images only."""
+        keep = self.train_labels >= 0
+        labels = self.train_labels[keep]
+        fingerprint = zlib.crc32(keep.cpu().numpy(), self.fingerprint)
+        return self if keep.all() else replace(
+            self, train_padded=self.train_padded[keep], train_labels=labels, fingerprint=fingerprint)
 
     def augment(self, index: Tensor, corner: Tensor, flip: Tensor) -> Tensor:
         """The training images `index` (N), each cut out at its corner (2 x N, row and column) and
