@@ -299,10 +299,10 @@ def record(out: Path, result: dict) -> dict:
 
 def result_table(results: list[dict], baseline: str) -> str:
     """One row per method: accuracy of the last epoch, mean ± standard deviation over seeds (n-1)."""
-    first = results[0]
+    first, wide = results[0], max(8, *(len(r["method"]) + 2 for r in results))
     lines = [f"\n{first['dataset']}, {first['train_size']} training images, {first['model']}, "
              "accuracy of the last epoch",
-             f"{'method':<8}{'W/A':<7}{'test acc %':<15}{'vs ' + baseline:<9}{'test loss':<11}"
+             f"{'method':<{wide}}{'W/A':<7}{'test acc %':<15}{'vs ' + baseline:<9}{'test loss':<11}"
              f"{'epochs':<8}{'s/epoch':<9}seeds"]
     groups = {r["method"]: [s for s in results if s["method"] == r["method"]] for r in results}
     mean = {m: np.mean([r["test_acc"] for r in group]) for m, group in groups.items()}
@@ -313,7 +313,7 @@ def result_table(results: list[dict], baseline: str) -> str:
         delta = f"{mean[method] - mean[baseline]:+.2f}" if baseline in mean else ""
         loss, seconds = (np.mean([r[k] for r in group]) for k in ("test_loss", "seconds_per_epoch"))
         bits = f"{group[0]['wbits']}/{group[0]['abits']}"
-        lines.append(f"{method:<8}{bits:<7}{acc:<15}{delta:<9}{loss:<11.4f}"
+        lines.append(f"{method:<{wide}}{bits:<7}{acc:<15}{delta:<9}{loss:<11.4f}"
                      f"{group[0]['epochs']:<8}{seconds:<9.1f}{len(group)}")
     return "\n".join(lines)
 
@@ -959,6 +959,19 @@ def hessian_trace(loss_fn: Callable[[], Tensor], params: list[Tensor], probes: i
         samples.append(dot(v, product(v)))
     samples = torch.stack(samples)
     return samples.mean().item(), samples.std().item() / math.sqrt(probes)
+
+
+def weight_hessian_trace(model: nn.Module, data: Data) -> tuple[float, float]:
+    """Trace of the Hessian of the loss on 256 training images in the layers' weights, batch
+    norm in eval mode: (estimate, standard error) from 8 probes."""
+    images, labels = data.sample(256)
+    weights = [layer.weight for layer in product_layers(model).values()]
+    training = model.training
+    model.eval()
+    probes = torch.Generator(device=images.device).manual_seed(0)
+    trace = hessian_trace(lambda: F.cross_entropy(model(images), labels), weights, 8, probes)
+    model.train(training)
+    return trace
 
 
 def hessian_top_eigenvalue(loss_fn: Callable[[], Tensor], params: list[Tensor], iters: int,

@@ -225,24 +225,11 @@ def train(args: argparse.Namespace, data: Data, method: str, seed: int,
             optimizer.step()
             run.log(loss=loss, ce=cross_entropy)
         if args.diagnose:
-            run.note(trace=weight_hessian_trace(student, data))
+            run.note(trace=common.weight_hessian_trace(student, data))
     return student.eval(), run.finish(), run.history
 
 
 # ----------------------------------------------------------------- the paper's figures as numbers
-
-
-def weight_hessian_trace(model: nn.Module, data: Data) -> tuple[float, float]:
-    """Fig. 5: trace of the Hessian of the loss on 256 training images in the layers' weights, batch
-    norm in eval mode: (estimate, standard error) from 8 probes."""
-    images, labels = data.sample(256)
-    weights = [layer.weight for layer in product_layers(model).values()]
-    training = model.training
-    model.eval()
-    probes = torch.Generator(device=images.device).manual_seed(0)
-    trace = common.hessian_trace(lambda: F.cross_entropy(model(images), labels), weights, 8, probes)
-    model.train(training)
-    return trace
 
 
 @torch.no_grad()
