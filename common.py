@@ -7,8 +7,8 @@
                                  calibrate, export_int
     5. Evaluation and flatness   evaluate, hessian_trace, hessian_top_eigenvalue
 
-Symbols follow the papers' shared protocol (FPQ, arXiv 2503.11159, section 3.1): step s, zero point z,
-bits q, integer x_int, de-quantized value x_hat.
+Symbols follow the papers' shared protocol (FPQ, arXiv 2503.11159, section 3.1): step s, zero
+point z, bits q, integer x_int, de-quantized value x_hat.
 """
 
 import argparse
@@ -93,6 +93,11 @@ def base_parser(description: str, fewest_bits: int = 2) -> Parser:
     return p
 
 
+def print_recipe(args: argparse.Namespace, recipe: dict) -> None:
+    flags = (f"--{name.replace('_', '-')} {getattr(args, name)}" for name in recipe)
+    print("--recipe paper:", *flags)
+
+
 def finish_args(args: argparse.Namespace) -> argparse.Namespace:
     """Fill in what depends on other flags; find out now, not after an hour, what cannot work."""
     args.wbits, args.abits = args.wbits or args.bits, args.abits or args.bits
@@ -170,13 +175,13 @@ class Run:
         for epoch in run.epochs():                 # seeds, row, evaluation, checkpoint, resume
             for images, labels in run.batches():   # augmented batches, learning rate
                 ...
-                run.log(loss=loss)                 # a mean over the epoch, no waiting for the device
+                run.log(loss=loss)                 # a mean over the epoch; no device is waited for
         result = run.finish()                      # the line in results.jsonl
 
     Randomness restarts from (seed, epoch), so resuming at an epoch's start is bit-identical.
-    `header` names all that made the run; a checkpoint with another one is refused. What else training
-    depends on (an average of the weights, statistics of noise) goes into `extras`: objects with
-    state_dict and load_state_dict, by name.
+    `header` names all that made the run; a checkpoint with another one is refused. What else
+    training depends on (an average of the weights, statistics of noise) goes into `extras`: objects
+    with state_dict and load_state_dict, by name.
     """
 
     def __init__(self, args: argparse.Namespace, data: "Data", model: nn.Module,
@@ -184,7 +189,8 @@ class Run:
                  warmup: float = 0.0, header: dict | None = None, extras: dict | None = None):
         self.parts = {"model": model, "optimizer": optimizer} | (extras or {})
         self.args, self.data, self.model, self.optimizer = args, data, model, optimizer
-        self.method, self.seed, self.total, self.peak, self.warmup = method, seed, epochs, lr, warmup
+        self.method, self.seed, self.total = method, seed, epochs
+        self.peak, self.warmup = lr, warmup
         self.script, self.history, self.finished = Path(sys.argv[0]).stem, [], None
         self.stream = seed * 100_003 + (2**41 if header else 0)  # full precision has one of its own
         flags = {k: str(v) for k, v in sorted(vars(args).items()) if k not in (
@@ -239,8 +245,8 @@ class Run:
                     f"{self.method}: the loss is not finite in epoch {epoch + 1}, learning rate "
                     f"{self.optimizer.param_groups[0]['lr']:.3g}; try a smaller {flag}. The "
                     "checkpoint of the epoch before is kept")
-            self.history.append({"epoch": epoch + 1, **self.means, "test_loss": loss, "test_acc": acc,
-                                 "seconds": self.seconds, **self.notes})
+            self.history.append({"epoch": epoch + 1, **self.means, "test_loss": loss,
+                                 "test_acc": acc, "seconds": self.seconds, **self.notes})
             self.save()
             left = int((self.total - epoch - 1) * np.mean([h["seconds"] for h in self.history]))
             print(f"{self.method:<5} seed {self.seed}  epoch {epoch + 1:>3}/{self.total}  "
@@ -258,7 +264,8 @@ class Run:
                                         self.warmup)
             self.steps = i + 1
             yield batch
-        self.means = {k: v.item() / self.steps for k, v in self.sums.items()}  # waits for the device
+        # Here the device is waited for, once per epoch.
+        self.means = {k: v.item() / self.steps for k, v in self.sums.items()}
         self.seconds = time.perf_counter() - started
 
     def log(self, **losses: Tensor) -> None:
@@ -279,7 +286,8 @@ class Run:
                 "script": self.script, "method": self.method, "dataset": self.data.name,
                 "model": a.model, "wbits": wbits or a.wbits, "abits": abits or a.abits,
                 "seed": self.seed, "epochs": self.total, "train_size": len(self.data.train_labels),
-                "test_acc": self.history[-1]["test_acc"], "test_loss": self.history[-1]["test_loss"],
+                "test_acc": self.history[-1]["test_acc"],
+                "test_loss": self.history[-1]["test_loss"],
                 "seconds_per_epoch": float(np.mean([h["seconds"] for h in self.history])),
                 "torch": str(torch.__version__), "device": str(a.device),
                 "command": shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])}
@@ -298,7 +306,7 @@ def record(out: Path, result: dict) -> dict:
 
 
 def result_table(results: list[dict], baseline: str) -> str:
-    """One row per method: accuracy of the last epoch, mean ± standard deviation over seeds (n-1)."""
+    """One row per method: accuracy of the last epoch, mean ± sample deviation over seeds."""
     first, wide = results[0], max(8, *(len(r["method"]) + 2 for r in results))
     lines = [f"\n{first['dataset']}, {first['train_size']} training images, {first['model']}, "
              "accuracy of the last epoch",
@@ -330,7 +338,7 @@ PAD = 2  # black pixels around a training image, out of which a random 32 x 32 w
 @dataclass
 class Data:
     """A data set on one device. Images are uint8 N x 32 x 32 x 3, those for training with PAD black
-    pixels around them; labels are int64 N, -1 if unknown; mean and std are those of the 3 channels."""
+    pixels around them; labels are int64 N, -1 if unknown; mean and std belong to the 3 channels."""
 
     name: str
     classes: int
@@ -352,9 +360,9 @@ class Data:
 
     def batches(self, batch_size: int, draws: torch.Generator,
                 views: tuple[str, ...] = ("crop+flip",)) -> Iterator[tuple[Tensor, ...]]:
-        """One shuffled epoch of (images N x 3 x 32 x 32 for each of `views`, labels N). A view whose
-        name lacks "crop" or "flip" goes without it. `draws` lives on the CPU, so that a seed means
-        the same batches on every device; the first view is the same however many there are."""
+        """One shuffled epoch of (images N x 3 x 32 x 32 for each of `views`, labels N). A view
+        whose name lacks "crop" or "flip" goes without it. `draws` lives on the CPU, so that a seed
+        means the same batches everywhere; the first view is the same however many there are."""
         n, device = len(self.train_labels), self.train_labels.device
         order, moves = self.order(batch_size, draws).to(device), []
         for view in views:
@@ -387,10 +395,11 @@ class Data:
     def labelled(self) -> "Data":
         """The labelled training images only."""
         keep = self.train_labels >= 0
-        labels = self.train_labels[keep]
-        fingerprint = zlib.crc32(keep.cpu().numpy(), self.fingerprint)
-        return self if keep.all() else replace(
-            self, train_padded=self.train_padded[keep], train_labels=labels, fingerprint=fingerprint)
+        if keep.all():
+            return self
+        return replace(self, train_padded=self.train_padded[keep],
+                       train_labels=self.train_labels[keep],
+                       fingerprint=zlib.crc32(keep.cpu().numpy(), self.fingerprint))
 
     def augment(self, index: Tensor, corner: Tensor, flip: Tensor) -> Tensor:
         """The training images `index` (N), each cut out at its corner (2 x N, row and column) and
@@ -596,7 +605,7 @@ def draw_shapes(train: int = 3200, test: int = 1000, seed: int = 0) -> tuple:
 
 
 class Block(nn.Module):
-    """Two 3 x 3 convolutions beside a shortcut, which is a 1 x 1 convolution if the shape changes."""
+    """Two 3 x 3 convolutions beside a shortcut: a 1 x 1 convolution where the shape changes."""
 
     def __init__(self, inputs: int, outputs: int, stride: int):
         super().__init__()
@@ -750,7 +759,7 @@ def straight_through(x: Tensor, step: Tensor, low: Tensor, high: Tensor) -> Tens
 
 
 def use_compiled(on: bool, device: torch.device | str = "cpu") -> bool:
-    """Compile `fake_quantize`, and nothing else, so hooks and methods stay eager; whether it worked.
+    """Compile `fake_quantize` and nothing else, so hooks and methods stay eager; True if it worked.
     Results agree with eager ones to rounding, but for values exactly on a bound of the grid, whose
     gradient passes. Without a compiler: one line, and eager it stays."""
     if on and not hasattr(use_compiled, "function"):
@@ -800,7 +809,7 @@ class Quantizer(nn.Module):
         step, zero_point = self.grid(x)
         if self.zero is None:
             if self.step.isnan().any():
-                raise RuntimeError("quantizer without a step: call common.calibrate(qmodel, images)")
+                raise RuntimeError("quantizer without a step: call common.calibrate first")
             self.zero = zero_point.tolist()
         zero = zero_point if self.channels else self.zero
         # LSQ's gradient scale 1 / sqrt(N q_max), N the elements that share a step.
@@ -919,11 +928,11 @@ def export_int(qmodel: nn.Module) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
 
 @torch.inference_mode()
 def evaluate(model: nn.Module, data: Data, batch_size: int = 500) -> tuple[float, float]:
-    """(accuracy in %, mean cross-entropy) on the test images; leaves the training mode as it was."""
+    """(accuracy in %, mean cross-entropy) on the test images; leaves training mode as it was."""
     training, n = model.training, len(data.test_labels)
     model.eval()
     sums = torch.zeros(2, device=data.test_labels.device)
-    for images, labels in zip(data.test_images.split(batch_size), data.test_labels.split(batch_size)):
+    for images, labels in zip(*(t.split(batch_size) for t in (data.test_images, data.test_labels))):
         logits = model(data.normalize(images))
         sums += torch.stack([(logits.argmax(1) == labels).sum(),
                              F.cross_entropy(logits, labels, reduction="sum")])
@@ -934,7 +943,7 @@ def evaluate(model: nn.Module, data: Data, batch_size: int = 500) -> tuple[float
 
 def hessian_vector(loss_fn: Callable[[], Tensor], params: list[Tensor]) -> Callable:
     """v -> H v, H the Hessian of loss_fn() in `params`; on a quantized network that of its
-    straight-through gradients. Leaves .grad alone; the graph goes when the returned function does."""
+    straight-through gradients. Leaves .grad alone; the graph goes with the returned function."""
     was, COMPILED[:] = COMPILED[:], []  # compiled code has no second derivative
     try:
         grads = torch.autograd.grad(loss_fn(), params, create_graph=True, materialize_grads=True)
@@ -954,7 +963,7 @@ def hessian_trace(loss_fn: Callable[[], Tensor], params: list[Tensor], probes: i
     over `probes` >= 2 random sign vectors v."""
     product, samples = hessian_vector(loss_fn, params), []
     for _ in range(probes):
-        v = [torch.randint(0, 2, p.shape, generator=generator, device=p.device, dtype=p.dtype) * 2 - 1
+        v = [torch.randint(0, 2, p.shape, generator=generator, device=p.device).to(p.dtype) * 2 - 1
              for p in params]
         samples.append(dot(v, product(v)))
     samples = torch.stack(samples)

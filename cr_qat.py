@@ -39,9 +39,10 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 PAPER = {"model": "resnet18", "dataset": "cifar10", "batch_size": 256, "lr": 0.01, "epochs": 200,
          "weight_decay": 5e-4}  # the authors' protocol in their FPQ paper; the rest are choices
 
-# Who gives the second view's answer: nobody, its label, the student's own weights (the Pi-model), the
-# full-precision network, or the student's moving average. LSQ is CR with lambda 0.
-METHODS = {"lsq": None, "two-view": "label", "pi": "student", "kd": "full precision", "cr": "average"}
+# Who gives the second view's answer: nobody, its label, the student's own weights (the Pi-model),
+# the full-precision network, or the student's moving average. LSQ is CR with lambda 0.
+METHODS = {"lsq": None, "two-view": "label", "pi": "student", "kd": "full precision",
+           "cr": "average"}
 AUGMENTS = ["none", "flip", "crop+flip", "crop+flip+noise", "crop+flip+colour"]
 
 
@@ -49,9 +50,9 @@ def parse_args() -> argparse.Namespace:
     parser = common.base_parser("CR: consistency regularization with an averaged teacher for "
                                 "quantization-aware training (arXiv 2402.13497)")
     add, number = parser.add_argument, common.number
-    add("--lambda-max", type=number(float, 0, 1e6), default=1.0, help="weight of L_con after the ramp")
+    add("--lambda-max", type=number(float, 0, 1e6), default=1.0, help="weight of L_con at last")
     add("--ramp-epochs", type=number(float, 0, 1e6), default=2.0, help="T: length of the ramp")
-    add("--ema", type=number(float, 0, 1), default=0.999, help="alpha: the average's memory per step")
+    add("--ema", type=number(float, 0, 1), default=0.999, help="alpha: memory of the average")
     add("--augment", choices=AUGMENTS, nargs="+", default=["crop+flip"], metavar="VIEW",
         help=f"of the student's view and of the teacher's, if another: {', '.join(AUGMENTS)}")
     add("--labels", type=number(int, 1, 10**9), help="labels kept, in equal shares of the classes")
@@ -64,7 +65,7 @@ def parse_args() -> argparse.Namespace:
         parser.set_defaults(**PAPER)  # flags given beside --recipe win
     args = parser.parse_args()
     if args.recipe:
-        print("--recipe paper:", " ".join(f"--{k.replace('_', '-')} {getattr(args, k)}" for k in PAPER))
+        common.print_recipe(args, PAPER)
     if len(args.augment) > 2:
         parser.error("--augment takes one view for both, or the student's and the teacher's")
     if args.labels and args.batch_size < 4:
@@ -78,8 +79,8 @@ def parse_args() -> argparse.Namespace:
 
 
 def consistency_loss(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
-    """L_con, mean over the batch of the Kullback-Leibler divergence of the student's prediction from
-    the teacher's; no gradient goes to the teacher. Temperature 1 and direction are choices.
+    """L_con, mean over the batch of the Kullback-Leibler divergence of the student's prediction
+    from the teacher's; no gradient goes to the teacher. Temperature 1 and direction are choices.
 
         KL(T || S) = sum_c p_T(c) (log p_T(c) - log p_S(c))        logits: N x classes
     """
@@ -92,24 +93,26 @@ def ramp_up(t: float, T: float) -> float:
     return math.exp(-5 * (1 - min(t / T, 1)) ** 2) if T > 0 else 1.0
 
 
-def ema_update(average: list[Tensor], current: list[Tensor], updates: Tensor, alpha: float) -> None:
-    """theta_T <- a theta_T + (1 - a) theta_S, a = min(1 - 1 / (updates + 1), alpha), in place: a plain
-    mean at first, so that the start is soon forgotten. `updates` so far is counted on the CPU."""
+def ema_update(average: list[Tensor], current: list[Tensor], updates: Tensor,
+               alpha: float) -> None:
+    """theta_T <- a theta_T + (1 - a) theta_S, a = min(1 - 1 / (updates + 1), alpha), in place: a
+    plain mean at first, so that the start is soon forgotten. `updates` so far counts on the CPU."""
     a = min(1 - 1 / (int(updates) + 1), alpha)
     get_ema_multi_avg_fn(a)(average, current, updates)
 
 
 def averaged(student: nn.Module, alpha: float) -> AveragedModel:
-    """The teacher: the average of all the student's parameters and buffers, so of weights, batch norm
-    and steps; zero points are fixed and stay so. Eval mode: it predicts by its averaged batch norm
-    statistics [choice]. `.update_parameters(student)` after each step."""
-    return AveragedModel(student, multi_avg_fn=partial(ema_update, alpha=alpha), use_buffers=True).eval()
+    """The teacher: the average of all the student's parameters and buffers, so of weights, batch
+    norm and steps; zero points are fixed and stay so. Eval mode: it predicts by its averaged batch
+    norm statistics [choice]. `.update_parameters(student)` after each step."""
+    update = partial(ema_update, alpha=alpha)
+    return AveragedModel(student, multi_avg_fn=update, use_buffers=True).eval()
 
 
 def distort(view: Tensor, augment: str) -> Tensor:
-    """The augmentations beyond crop and flip, on normalised N x 3 x 32 x 32 [choice]: Gaussian noise of
-    deviation 0.1; each image's channels times U[0.6, 1.4] plus U[-0.4, 0.4]. (torchvision's
-    ColorJitter draws once for a whole batch.)"""
+    """The augmentations beyond crop and flip, on normalised N x 3 x 32 x 32 [choice]: Gaussian
+    noise of deviation 0.1; each image's channels times U[0.6, 1.4] plus U[-0.4, 0.4].
+    (torchvision's ColorJitter draws once for a whole batch.)"""
     if "noise" in augment:
         view = view + 0.1 * torch.randn_like(view)
     if "colour" in augment:
@@ -135,7 +138,7 @@ def hide_labels(data: Data, count: int, seed: int) -> Data:
 
 def train(args: argparse.Namespace, data: Data, method: str, seed: int, network: nn.Module,
           name: str | None = None) -> tuple[nn.Module, nn.Module, dict, list[dict]]:
-    """(student, its average, result, history) of one method, from the full-precision `network` on."""
+    """(student, its average, result, history) of a method, from the full-precision `network` on."""
     student, by = quantize(network, args.wbits, args.abits, args.quantizer), METHODS[method]
     calibrate(student, data.sample(100)[0])
     optimizer = sgd(student, args.lr, args.weight_decay)
@@ -190,7 +193,7 @@ def average_result(args: argparse.Namespace, data: Data, average: nn.Module, res
 
 @torch.no_grad()
 def weight_bins(model: nn.Module) -> Tensor:
-    """The integers that the weights of all layers but first and last are rounded to, as one vector."""
+    """The integers that the weights of all layers but first and last round to, as one vector."""
     integers = [weight.flatten() for weight, _, _ in common.export_int(model).values()]
     return torch.cat(integers[1:-1])
 
@@ -267,8 +270,8 @@ def main() -> None:
                 results.append(average_result(args, data, trained[method][1], results[-1]))
         for augment in AUGMENTS if args.ablate else []:
             for method in ("lsq", "cr"):
-                variant = argparse.Namespace(**vars(args) | {"augment": [augment, augment]})
-                results.append(train(variant, data, method, seed, network, f"{method}-{augment}")[2])
+                same = argparse.Namespace(**vars(args) | {"augment": [augment, augment]})
+                results.append(train(same, data, method, seed, network, f"{method}-{augment}")[2])
     print(common.result_table(results, baseline="lsq"))
     if args.diagnose:
         diagnose(data, trained)

@@ -1,27 +1,28 @@
 """FPQ: Feature-Perturbed Quantization. Pang & Cai, "Stabilizing Quantization-Aware Training by
 Implicit-Regularization on Hessian Matrix", arXiv 2503.11159.
 
-The idea. A flat loss tolerates the jumps of rounding. Zero-mean noise penalises the trace of the loss'
-Hessian without computing it (Eq. 7, for weights; the paper carries it over to features), so FPQ
+The idea. A flat loss tolerates the jumps of rounding. Zero-mean noise penalises the trace of the
+Hessian of the loss without computing it (Eq. 7, for weights; the paper carries it over to
+features), so FPQ
   1. adds uniform noise, one quantization step wide, to the inputs of randomly chosen layers (SFP),
   2. holds every layer's output, channel by channel, to the shape that the full-precision network's
      has (CSD), which keeps the noise from pulling features away,
 and trains the LSQ-quantized network with the sum of cross-entropy and CSD (Eq. 22).
 
     paper                            here
-    x_l, z_l                         input and output of layer l: N x C x H x W, or N x C; z_l is that
-                                     of the convolution or linear layer, before batch norm
+    x_l, z_l                         input and output of layer l: N x C x H x W, or N x C; z_l is
+                                     that of the convolution or linear layer, before batch norm
     s_l, z, q                        layer.input_quantizer .step, .zero_point, .bits     Eq. 3-5
     delta ~ U[-s_l/2, s_l/2], p      stochastic_feature_perturbation(x, step, p)     Eq. 9, 14
     z_l standardised                 standardize(z)                                  Eq. 15
     L_CSD                            csd_loss(student_feats, teacher_feats)          Eq. 16, 17
     L = L_CE + L_CSD                 train()                                         Eq. 22, Alg. 1
 
-    python fpq.py --bits 2 --dataset shapes    full precision -> LSQ -> FPQ, 2-3 minutes, two CPU cores
-    python fpq.py --bits 2 --ablate --diagnose         the paper's ablation, its figures as numbers
+    python fpq.py --bits 2 --dataset shapes        full precision -> LSQ -> FPQ, 2-3 minutes
+    python fpq.py --bits 2 --ablate --diagnose     the paper's ablation, its figures as numbers
 
-Measured, CIFAR-10, resnet8, W2A2, 15 + 6 epochs, one seed: full precision 81.00 %, LSQ 78.20, FPQ 78.36;
-commands and more in the README.
+Measured, CIFAR-10, resnet8, W2A2, 15 + 6 epochs, one seed: full precision 81.00 %, LSQ 78.20,
+FPQ 78.36; commands and more in the README.
 """
 
 import argparse
@@ -45,7 +46,8 @@ def parse_args() -> argparse.Namespace:
     unit, weight = common.number(float, 0, 1), common.number(float, 0, 1e6)
     add = parser.add_argument
     add("--p", type=unit, default=0.1, help="Eq. 14: chance that a layer is perturbed in a step")
-    add("--csd-weight", type=weight, default=1.0, help="of L_CSD in Eq. 22 [choice; the paper sums, unweighted]")
+    add("--csd-weight", type=weight, default=1.0,
+        help="of L_CSD in Eq. 22 [choice; the paper sums, unweighted]")
     add("--noise-at", choices=["operand", "input"], default="operand",
         help="Eq. 16: noise after the activation quantizer; or before it (dither)")
     add("--kd-weight", type=weight, default=1.0, help="of the distillation term of kd [choice]")
@@ -58,7 +60,7 @@ def parse_args() -> argparse.Namespace:
         parser.set_defaults(**PAPER)  # flags given beside --recipe win
     args = parser.parse_args()
     if args.recipe:
-        print("--recipe paper:", " ".join(f"--{k.replace('_', '-')} {getattr(args, k)}" for k in PAPER))
+        common.print_recipe(args, PAPER)
     methods = (["lsq", "sfp", "csd", "fpq"] if args.ablate else []) + args.method
     args.method = list(dict.fromkeys(methods + ([args.compare] if args.compare else [])))
     return common.finish_args(args)
@@ -146,7 +148,8 @@ def csd_loss(student_feats: list[Tensor], teacher_feats: list[Tensor]) -> Tensor
         L_CSD = mean_l mean_(n,c,...) (z~_student - z~_teacher)^2
 
     The published sum over elements and layers grows with batch, image and depth and drowns the
-    cross-entropy; the means are ours [choice]. From 0 (equal but for shift and scale) to 4 (mirrored).
+    cross-entropy; the means are ours [choice]. From 0 (equal but for shift and scale) to 4
+    (mirrored).
     """
     distances = [channel_distance(s, t) for s, t in zip(student_feats, teacher_feats, strict=True)]
     return torch.stack(distances).mean()  # Eq. 17
@@ -195,10 +198,10 @@ def layer_outputs(model: nn.Module) -> Iterator[list[Tensor]]:
 
 def train(args: argparse.Namespace, data: Data, method: str, seed: int,
           network: nn.Module) -> tuple[nn.Module, dict, list[dict]]:
-    """Algorithm 1: (quantized network, result, history). Both start as the full-precision `network`:
-    the student, and the teacher, which stays as it is, in eval mode."""
-    takes = METHODS[method]
-    p, csd_weight, kd_weight = takes[0] * args.p, takes[1] * args.csd_weight, takes[2] * args.kd_weight
+    """Algorithm 1: (quantized network, result, history). Student and teacher both start as the
+    full-precision `network`; the teacher stays as it is, in eval mode."""
+    strengths = args.p, args.csd_weight, args.kd_weight
+    p, csd_weight, kd_weight = (on * strength for on, strength in zip(METHODS[method], strengths))
     student, teacher = quantize(network, args.wbits, args.abits, args.quantizer), network
     calibrate(student, data.sample(100)[0])  # Eq. 4-5
     optimizer = sgd(student, args.lr, args.weight_decay)
@@ -243,8 +246,8 @@ def output_variance(model: nn.Module, images: Tensor, sigma: float, draws: int =
 
 
 def gradient_norm(model: nn.Module, data: Data, place: str, width: float) -> float:
-    """Fig. 2: norm of the loss gradient in the weights, with uniform noise `width` steps wide on all
-    quantized weights (place "weight") or all quantized features ("feature"); mean of 8 draws."""
+    """Fig. 2: norm of the loss gradient in the weights, with uniform noise `width` steps wide on
+    all quantized weights (place "weight") or features ("feature"); mean of 8 draws."""
     def noise(quantizer, inputs, x_hat):
         step = width * quantizer.grid(x_hat)[0]
         return x_hat + (torch.rand_like(x_hat) - 0.5) * step.detach()
@@ -272,7 +275,8 @@ def feature_drift(model: nn.Module, network: nn.Module, images: Tensor) -> list[
     drifts = []
     for z, z_fp in zip(quantized, reference):
         over = [0, *range(2, z.dim())]
-        drifts.append(((z.mean(over) - z_fp.mean(over)).abs() / (z_fp.std(over) + 1e-5)).mean().item())
+        drift = (z.mean(over) - z_fp.mean(over)).abs() / (z_fp.std(over) + 1e-5)
+        drifts.append(drift.mean().item())
     return drifts
 
 
@@ -284,13 +288,14 @@ def diagnose(data: Data, network: nn.Module, trained: dict[str, tuple]) -> None:
     print(f"{'sigma':<9}" + "".join(f"{n:<12}" for n in ["fp", *names]))
     for sigma in (0.05, 0.1, 0.2, 0.4):
         models = [network, *(trained[n][0] for n in names)]
-        print(f"{sigma:<9}" + "".join(f"{output_variance(m, images, sigma):<12.4f}" for m in models))
+        row = (f"{output_variance(m, images, sigma):<12.4f}" for m in models)
+        print(f"{sigma:<9}" + "".join(row))
     print("\nFig. 2  gradient norm under noise `width` steps wide on weights | on features")
     print(f"{'width':<9}" + "".join(f"{n:<22}" for n in names))
     for width in (0.0, 0.25, 0.5, 1.0):
-        cells = ((gradient_norm(trained[n][0], data, place, width) for place in ("weight", "feature"))
-                 for n in names)
-        print(f"{width:<9}" + "".join(f"{f'{w:.3f} | {x:.3f}':<22}" for w, x in cells))
+        pairs = ([gradient_norm(trained[n][0], data, place, width)
+                  for place in ("weight", "feature")] for n in names)
+        print(f"{width:<9}" + "".join(f"{f'{w:.3f} | {x:.3f}':<22}" for w, x in pairs))
     print("\nFig. 3  drift of channel means from full precision, in its standard deviations")
     print(f"{'layer':<28}" + "".join(f"{n:<12}" for n in names))
     drifts = [feature_drift(trained[n][0], network, images) for n in names]
