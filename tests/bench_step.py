@@ -1,9 +1,10 @@
 """How much a quantization-aware training step costs: python tests/bench_step.py [--models ...]
 
-For each network, one run with interleaved repetitions: the time of a training step as a ratio to the
-full-precision step next to it, median of the ratios, so that a machine that changes its speed
+For each network, one run with interleaved repetitions: the time of a training step as a ratio to
+the full-precision step next to it, median of the ratios, so that a machine that changes its speed
 changes little. W2A2, batch 128, channels_last, this machine's device. Then peak memory as a ratio,
-each variant in a process of its own, and the seconds from process start to the end of the first step.
+each variant in a process of its own, and the seconds from process start to the end of the first
+step.
 Peers are timed if they can be imported (pip install brevitas torchao) and named with their version.
 """
 
@@ -83,7 +84,8 @@ class TorchOp(nn.Module):
         if self.channels:
             return torch._fake_quantize_learnable_per_channel_affine(
                 x, self.scale, self.zero_point, 0, 0, 3, 1.0)
-        return torch._fake_quantize_learnable_per_tensor_affine(x, self.scale, self.zero_point, 0, 3, 1.0)
+        return torch._fake_quantize_learnable_per_tensor_affine(
+            x, self.scale, self.zero_point, 0, 3, 1.0)
 
 
 def composite(layer):
@@ -112,7 +114,8 @@ def brevitas(layer):
     else:
         quantized = qnn.QuantConv2d(layer.in_channels, layer.out_channels, layer.kernel_size,
                                     layer.stride, layer.padding, **options)
-    return nn.Sequential(qnn.QuantIdentity(act_quant=Uint8ActPerTensorFloat, bit_width=2), quantized)
+    of_input = qnn.QuantIdentity(act_quant=Uint8ActPerTensorFloat, bit_width=2)
+    return nn.Sequential(of_input, quantized)
 
 
 PEERS = {"composite": composite, "torch op": torch_op, "torchao": torchao, "brevitas": brevitas}
@@ -168,7 +171,8 @@ def step_of(variant: str, model: nn.Module, images: torch.Tensor, labels: torch.
 
 def batch():
     torch.manual_seed(0)
-    images = torch.randn(BATCH, 3, 32, 32, device=DEVICE).contiguous(memory_format=torch.channels_last)
+    images = torch.randn(BATCH, 3, 32, 32, device=DEVICE)
+    images = images.contiguous(memory_format=torch.channels_last)
     return images, torch.randint(0, 10, (BATCH,), device=DEVICE)
 
 
@@ -211,7 +215,8 @@ def peak_memory(name: str, variant: str) -> float:
 
 def child(*flags: str) -> float:
     """The number that this script prints when it is run with `flags`."""
-    out = subprocess.run([sys.executable, __file__, *flags], capture_output=True, text=True, check=True)
+    command = [sys.executable, __file__, *flags]
+    out = subprocess.run(command, capture_output=True, text=True, check=True)
     return float(out.stdout.split()[-1])
 
 

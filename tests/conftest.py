@@ -1,4 +1,4 @@
-"""Shared by all tests: the import path, a tiny data set, and a way to run a script as a user does."""
+"""Shared by all tests: the import path, a tiny data set, a way to run a script as a user does."""
 
 import subprocess
 import sys
@@ -15,10 +15,11 @@ import common  # noqa: E402
 
 @pytest.fixture
 def run_script(tmp_path):
-    """run_script("fpq.py", "--bits", "2", ...) -> CompletedProcess; results land in tmp_path/out."""
+    """run_script("fpq.py", "--bits", "2", ...) -> CompletedProcess; results in tmp_path/out."""
     def run(script: str, *flags: str, timeout: float = 120) -> subprocess.CompletedProcess:
         command = [sys.executable, str(ROOT / script), "--out", str(tmp_path / "out"), *flags]
-        return subprocess.run(command, capture_output=True, text=True, timeout=timeout, cwd=tmp_path)
+        return subprocess.run(command, capture_output=True, text=True, timeout=timeout,
+                              cwd=tmp_path)
     return run
 
 

@@ -47,7 +47,8 @@ def test_augmentation_is_a_window_of_the_black_padded_image(tiny_data):
     images = tiny_data.augment(index, corner, flip)
     for i in index:
         padded = tiny_data.train_padded[i].permute(2, 0, 1)
-        assert padded.shape == (3, 36, 36) and not padded[:, :2].any() and not padded[:, :, -2:].any()
+        assert padded.shape == (3, 36, 36)
+        assert not padded[:, :2].any() and not padded[:, :, -2:].any()
         window = padded[:, corner[0, i]:corner[0, i] + 32, corner[1, i]:corner[1, i] + 32]
         window = window.flip(2) if flip[i] else window
         expected = (window / 255 - tiny_data.mean[:, None, None]) / tiny_data.std[:, None, None]
@@ -66,8 +67,8 @@ def test_every_image_has_a_crop_and_a_flip_of_its_own(tiny_data, monkeypatch):
 
 
 def test_mean_and_deviation_are_those_of_all_classes(tmp_path, monkeypatch):
-    dark, light = torch.zeros(9_000, 32, 32, 3, dtype=torch.uint8), torch.full((9_000, 32, 32, 3), 255,
-                                                                              dtype=torch.uint8)
+    dark = torch.zeros(9_000, 32, 32, 3, dtype=torch.uint8)
+    light = torch.full_like(dark, 255)
     labels = torch.arange(2).repeat_interleave(9_000)  # sorted by class, as folders are
     images = torch.cat([dark, light])
     monkeypatch.setattr(common, "read_folder", lambda _: (images, labels, images, labels, 2))
@@ -258,18 +259,21 @@ def test_result_table_has_mean_deviation_and_difference():
                 "abits": 2, "epochs": 3, "seconds_per_epoch": 1.0, "dataset": "d", "model": "m",
                 "train_size": 9}
 
-    table = common.result_table([row("lsq", 80.0, 0), row("lsq", 82.0, 1), row("fpq", 83.5, 0)], "lsq")
+    rows = [row("lsq", 80.0, 0), row("lsq", 82.0, 1), row("fpq", 83.5, 0)]
+    table = common.result_table(rows, "lsq")
     assert "81.00 ± 1.41" in table and "+2.50" in table and "9 training images" in table
 
 
-def test_run_follows_the_schedule_and_draws_anew_each_epoch_and_seed(tiny_data, tmp_path, monkeypatch):
+def test_run_follows_the_schedule_and_draws_anew_each_epoch_and_seed(
+        tiny_data, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["fpq.py", "--dataset", "shapes", "--out", str(tmp_path)])
     args = fpq.parse_args()
     args.batch_size = 32
 
     def follow(seed, **options):
         model = nn.Sequential(nn.Flatten(), nn.Linear(3072, 10))
-        run = common.Run(args, tiny_data, model, common.sgd(model, 9.0, 0), "x", seed, 3, 0.5, **options)
+        optimizer = common.sgd(model, 9.0, 0)
+        run = common.Run(args, tiny_data, model, optimizer, "x", seed, 3, 0.5, **options)
         rates, first_labels, noise = [], [], []
         for _ in run.epochs():
             noise.append(torch.rand(()).item())
@@ -307,7 +311,8 @@ def test_resume_is_bit_identical_and_a_finished_run_does_nothing(monkeypatch, ca
     checkpoint, results = next(tmp_path.glob("fpq-*.pt")), tmp_path / "results.jsonl"
     whole = torch.load(checkpoint, weights_only=True)
     line = json.loads(results.read_text().splitlines()[-1])
-    assert line["dataset"] == "shapes" and line["epochs"] == 2 and line["wbits"] == line["abits"] == 2
+    assert line["dataset"] == "shapes" and line["epochs"] == 2
+    assert line["wbits"] == line["abits"] == 2
     assert line["test_acc"] == whole["history"][-1]["test_acc"] and "--p 0.5" in line["command"]
 
     save = common.Run.save
@@ -339,7 +344,8 @@ def test_resume_is_bit_identical_and_a_finished_run_does_nothing(monkeypatch, ca
     assert not list(tmp_path.glob("*.part"))
 
 
-def test_full_precision_is_trained_once_and_never_mistaken(monkeypatch, tmp_path, capsys, tiny_data):
+def test_full_precision_is_trained_once_and_never_mistaken(
+        monkeypatch, tmp_path, capsys, tiny_data):
     monkeypatch.setattr(sys, "argv", ["fpq.py", "--dataset", "shapes", "--out", str(tmp_path),
                                       "--fp-epochs", "1"])
     args = fpq.parse_args()
@@ -361,7 +367,7 @@ def test_full_precision_is_trained_once_and_never_mistaken(monkeypatch, tmp_path
     state = torch.load(file, weights_only=True)
     state["header"]["model"] = "resnet20"
     torch.save(state, file)
-    with pytest.raises(common.UsageError, match="made with model resnet20, this command says resnet8"):
+    with pytest.raises(common.UsageError, match="with model resnet20, this command says resnet8"):
         common.full_precision(args, tiny_data)
 
 
@@ -397,8 +403,9 @@ def test_divergence_stops_with_exit_code_3(monkeypatch, capsys, tmp_path):
 
 def test_ctrl_c_ends_in_one_line_and_exit_code_130(tmp_path):
     process = subprocess.Popen(
-        [sys.executable, str(ROOT / "fpq.py"), "--dataset", "shapes", "--out", str(tmp_path)], text=True,
-        stderr=subprocess.PIPE, stdout=subprocess.PIPE,  # a background shell has children ignore Ctrl-C
+        [sys.executable, str(ROOT / "fpq.py"), "--dataset", "shapes", "--out", str(tmp_path)],
+        text=True, stderr=subprocess.PIPE, stdout=subprocess.PIPE,
+        # A background shell has its children ignore Ctrl-C.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     try:
         assert "epoch   1/15" in process.stdout.readline()
@@ -406,4 +413,5 @@ def test_ctrl_c_ends_in_one_line_and_exit_code_130(tmp_path):
         _, err = process.communicate(timeout=30)
     finally:
         process.kill()
-    assert process.returncode == 130 and "Traceback" not in err and len(err.strip().splitlines()) <= 1
+    assert process.returncode == 130 and "Traceback" not in err
+    assert len(err.strip().splitlines()) <= 1

@@ -50,13 +50,15 @@ def test_eq15_standardize(shape):
 
 @pytest.mark.parametrize("memory", [torch.contiguous_format, torch.channels_last])
 def test_eq16_distance_equals_the_standardised_copies_and_two_minus_two_r(memory):
-    student = (torch.randn(6, 3, 4, 5, dtype=torch.float64) * 2 + 1).contiguous(memory_format=memory)
+    student = torch.randn(6, 3, 4, 5, dtype=torch.float64) * 2 + 1
+    student = student.contiguous(memory_format=memory)
     teacher = torch.randn(6, 3, 4, 5, dtype=torch.float64) + 0.5 * student
     a, b = student.clone().requires_grad_(), student.clone().requires_grad_()
     mine = fpq.channel_distance(a, teacher, eps=1e-2)
     explicit = (fpq.standardize(b, 1e-2) - fpq.standardize(teacher, 1e-2)).square().mean()
     torch.testing.assert_close(mine, explicit)
-    torch.testing.assert_close(*(torch.autograd.grad(y, x)[0] for y, x in ((mine, a), (explicit, b))))
+    grads = (torch.autograd.grad(y, x)[0] for y, x in ((mine, a), (explicit, b)))
+    torch.testing.assert_close(*grads)
     r = [np.corrcoef(student[:, c].flatten(), teacher[:, c].flatten())[0, 1] for c in range(3)]
     assert fpq.channel_distance(student, teacher, eps=0).item() == pytest.approx(2 - 2 * np.mean(r))
 
@@ -86,7 +88,8 @@ def test_kd_loss_by_hand():
     assert fpq.kd_loss(teacher, teacher).item() == pytest.approx(0, abs=1e-6)
 
 
-def test_eq16_noise_lands_behind_the_quantizer_or_before_it_and_in_training_only(calibrated, tiny_data):
+def test_eq16_noise_lands_behind_the_quantizer_or_before_it_and_in_training_only(
+        calibrated, tiny_data):
     images = tiny_data.sample(8)[0]
     clean = calibrated.eval()(images)
     quantizer = calibrated.blocks[0].conv1.input_quantizer
@@ -137,22 +140,24 @@ def test_eq22_loss_is_cross_entropy_plus_weighted_csd(monkeypatch, tiny_data, tm
         loss = F.cross_entropy(student(images), labels)
         network(images)
     parameters = [p for g in common.sgd(student, 1, 0).param_groups for p in g["params"]]
-    grads = torch.autograd.grad(loss + 0.7 * fpq.csd_loss(z, [t.detach() for t in z_fp]), parameters)
+    loss = loss + 0.7 * fpq.csd_loss(z, [t.detach() for t in z_fp])
+    grads = torch.autograd.grad(loss, parameters)
     assert len(seen) == len(grads)
     for i, grad in enumerate(grads):
         torch.testing.assert_close(seen[i], grad, rtol=1e-4, atol=1e-7)
 
 
 def parse(monkeypatch, tmp_path, *flags):
-    monkeypatch.setattr("sys.argv", ["fpq.py", "--dataset", "shapes", "--out", str(tmp_path), "--dry-run",
-                                     *flags])
+    monkeypatch.setattr("sys.argv", ["fpq.py", "--dataset", "shapes", "--out", str(tmp_path),
+                                     "--dry-run", *flags])
     return fpq.parse_args()
 
 
 def test_baseline_is_fpq_of_no_strength_bit_for_bit(monkeypatch, tiny_data, tmp_path):
     network = common.build_model("resnet8", 10).eval()
     args = parse(monkeypatch, tmp_path, "--p", "0", "--csd-weight", "0")
-    lsq, fpq_at_zero = (fpq.train(args, tiny_data, m, 0, network)[0].state_dict() for m in ("lsq", "fpq"))
+    lsq, fpq_at_zero = (fpq.train(args, tiny_data, method, 0, network)[0].state_dict()
+                        for method in ("lsq", "fpq"))
     assert all(torch.equal(v, fpq_at_zero[k]) for k, v in lsq.items())
     weights = [lsq["fc.weight"]]
     for method, flags in (("sfp", ["--p", "1"]), ("sfp", ["--p", "1", "--noise-at", "input"]),
@@ -161,7 +166,7 @@ def test_baseline_is_fpq_of_no_strength_bit_for_bit(monkeypatch, tiny_data, tmp_
         before = {k: v.clone() for k, v in network.state_dict().items()}
         args = parse(monkeypatch, tmp_path, *flags)
         weights.append(fpq.train(args, tiny_data, method, 0, network)[0].fc.weight.detach())
-        assert all(torch.equal(v, before[k]) for k, v in network.state_dict().items())  # the teacher
+        assert all(torch.equal(v, before[k]) for k, v in network.state_dict().items())
     assert all(not torch.equal(a, b) for i, a in enumerate(weights) for b in weights[:i])
 
 
@@ -175,11 +180,13 @@ def test_every_method_and_diagnosis_as_a_user_runs_them(run_script, tmp_path):
     done = run_script("fpq.py", "--dry-run", "--dataset", "shapes", "--ablate", "--compare", "kd",
                       "--wbits", "3", "--abits", "4")
     assert done.returncode == 0, done.stderr
-    lines = [json.loads(x) for x in (tmp_path / "out" / "dry-run" / "results.jsonl").read_text().splitlines()]
+    written = (tmp_path / "out/dry-run/results.jsonl").read_text().splitlines()
+    lines = [json.loads(line) for line in written]
     assert [x["method"] for x in lines] == ["fp", "lsq", "sfp", "csd", "fpq", "kd"]
     assert all((x["wbits"], x["abits"]) == (3, 4) for x in lines[1:])
-    assert {"script", "method", "dataset", "model", "wbits", "abits", "seed", "epochs", "train_size",
-            "test_acc", "test_loss", "seconds_per_epoch", "torch", "device", "command"} <= lines[0].keys()
+    assert {"script", "method", "dataset", "model", "wbits", "abits", "seed", "epochs",
+            "train_size", "test_acc", "test_loss", "seconds_per_epoch", "torch", "device",
+            "command"} <= lines[0].keys()
     done = run_script("fpq.py", "--dry-run", "--dataset", "shapes", "--method", "fpq", "--diagnose")
     for figure in ("Fig. 1", "Fig. 2", "Fig. 3", "Fig. 5"):
         assert figure in done.stdout
@@ -199,5 +206,6 @@ def test_compiled_run_agrees_with_the_eager_one(run_script, tmp_path):
     for flags in ([], ["--compile"]):
         done = run_script("fpq.py", "--dry-run", "--dataset", "shapes", "--method", "lsq", *flags)
         assert done.returncode == 0 and "running eager" not in done.stderr, done.stderr
-        rows.append(json.loads((tmp_path / "out/dry-run/results.jsonl").read_text().splitlines()[-1]))
+        written = (tmp_path / "out/dry-run/results.jsonl").read_text()
+        rows.append(json.loads(written.splitlines()[-1]))
     assert rows[0]["test_loss"] == pytest.approx(rows[1]["test_loss"], rel=1e-2)

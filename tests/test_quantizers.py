@@ -1,4 +1,4 @@
-"""LSQ and the fixed zero point against closed forms, torch's own operators and a plain composite."""
+"""LSQ and the fixed zero point against closed forms, torch's operators and a plain composite."""
 
 import copy
 import math
@@ -13,7 +13,7 @@ from common import Quantizer, fake_quantize
 
 
 def composite(x, step, zero_point, qmin, qmax, grad_scale=1.0):
-    """The same quantizer out of elementary operations, gradients by the detach trick: the oracle."""
+    """The same quantizer out of elementary operations, gradients by detaching: the oracle."""
     scaled = step * grad_scale
     step = step.detach() + (scaled - scaled.detach())
     v = torch.clamp(x / step, qmin - zero_point, qmax - zero_point)
@@ -102,8 +102,8 @@ def test_forward_is_bit_equal_to_torch(bits):
     """Per tensor and per channel, but for rounding ties, which torch's x * (1/s) may break."""
     x, step, zero, qmin, qmax = draw(bits, True, torch.float32)
     tie = ((x / step - (x / step).floor()) - 0.5).abs() < 1e-5
-    theirs = torch.fake_quantize_per_channel_affine(x, step.flatten(), zero.flatten().int(), 0, qmin,
-                                                    qmax)
+    theirs = torch.fake_quantize_per_channel_affine(
+        x, step.flatten(), zero.flatten().int(), 0, qmin, qmax)
     assert torch.equal(fake_quantize(x, step, zero, qmin, qmax)[~tie], theirs[~tie])
     x, step, zero, qmin, qmax = draw(bits, False, torch.float32, seed=1)
     tie = ((x / step - (x / step).floor()) - 0.5).abs() < 1e-5
@@ -140,8 +140,8 @@ def test_quantizer_scales_the_step_gradient_by_lsq_rule(symmetric, channels):
     s.requires_grad_()
     composite(x, s, z, q.qmin, q.qmax).sum().backward()
     positive, shared = (3 if symmetric else 7), (6 if channels else 24)
-    torch.testing.assert_close(q.step.grad, s.grad.reshape(q.step.shape) / math.sqrt(shared * positive),
-                               rtol=1e-4, atol=1e-6)
+    expected = s.grad.reshape(q.step.shape) / math.sqrt(shared * positive)
+    torch.testing.assert_close(q.step.grad, expected, rtol=1e-4, atol=1e-6)
 
 
 def test_eq4_eq5_min_max_golden():
@@ -240,7 +240,7 @@ def test_calibration_is_layer_after_layer_and_leaves_no_trace(tiny_data, calibra
     assert again.training
     assert all(torch.equal(v, before[k]) for k, v in again.state_dict().items())  # BN untouched too
     assert not any(m._forward_pre_hooks for m in again.modules())
-    # The second layer's step is the one that the quantized, not the full-precision, first layer asks
+    # The second layer's step is the one that the quantized, not the float, first layer asks
     seen = []
     hook = again.blocks[0].conv1.input_quantizer.register_forward_pre_hook(
         lambda q, inputs: seen.append(inputs[0]))
