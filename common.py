@@ -312,16 +312,18 @@ def result_table(results: list[dict], baseline: str) -> str:
              "accuracy of the last epoch",
              f"{'method':<{wide}}{'W/A':<7}{'test acc %':<15}{'vs ' + baseline:<9}{'test loss':<11}"
              f"{'epochs':<8}{'s/epoch':<9}seeds"]
-    groups = {r["method"]: [s for s in results if s["method"] == r["method"]] for r in results}
-    mean = {m: np.mean([r["test_acc"] for r in group]) for m, group in groups.items()}
-    for method, group in groups.items():
-        acc = f"{mean[method]:.2f}"
+    groups = {}
+    for result in results:
+        groups.setdefault(tuple(result[k] for k in ("method", "wbits", "abits")), []).append(result)
+    mean = {key: np.mean([r["test_acc"] for r in group]) for key, group in groups.items()}
+    for (method, *bits), group in groups.items():
+        acc = f"{mean[method, *bits]:.2f}"
         if len(group) > 1:
             acc += f" ± {np.std([r['test_acc'] for r in group], ddof=1):.2f}"
-        delta = f"{mean[method] - mean[baseline]:+.2f}" if baseline in mean else ""
+        reference = mean.get((baseline, *bits))
+        delta = "" if reference is None else f"{mean[method, *bits] - reference:+.2f}"
         loss, seconds = (np.mean([r[k] for r in group]) for k in ("test_loss", "seconds_per_epoch"))
-        bits = f"{group[0]['wbits']}/{group[0]['abits']}"
-        lines.append(f"{method:<{wide}}{bits:<7}{acc:<15}{delta:<9}{loss:<11.4f}"
+        lines.append(f"{method:<{wide}}{f'{bits[0]}/{bits[1]}':<7}{acc:<15}{delta:<9}{loss:<11.4f}"
                      f"{group[0]['epochs']:<8}{seconds:<9.1f}{len(group)}")
     return "\n".join(lines)
 
@@ -741,12 +743,17 @@ def fake_quantize(x: Tensor, step: Tensor, zero_point: Tensor | float, qmin: int
     if not isinstance(zero_point, Tensor):
         qmin, qmax, zero_point = qmin - zero_point, qmax - zero_point, None
     if COMPILED and step.numel() == 1 and x.requires_grad and torch.is_grad_enabled():
-        scaled = step * grad_scale
-        step = step.detach() + (scaled - scaled.detach())  # the step's value, grad_scale its slope
+        step = scale_gradient(step, grad_scale)
         shift = 0 if zero_point is None else zero_point
         low, high = (torch.full((), float(q), device=x.device) - shift for q in (qmin, qmax))
         return COMPILED[0](x, step, low, high)  # tensors: new numbers would mean to compile anew
     return FakeQuantize.apply(x, step, zero_point, qmin, qmax, grad_scale)
+
+
+def scale_gradient(t: Tensor, scale: float) -> Tensor:
+    """t, whose gradient is multiplied by `scale`."""
+    scaled = t * scale
+    return t.detach() + (scaled - scaled.detach())  # the difference is 0, exactly
 
 
 COMPILED = []  # the compiled `straight_through` while `use_compiled(True)` holds
@@ -782,6 +789,9 @@ class Quantizer(nn.Module):
 
     bits: 1 to 8. The grid is [0, 2^bits - 1] with a zero point from the data, or signed around 0 if
     `symmetric`. step is NaN until calibrated; only its magnitude counts, so it may cross zero.
+    One bit per channel, of a weight, means -s/2 or s/2 [choice]: of two levels that include 0, one
+    sign would be lost. It is the grid of Eq. 3 with z = 1, half a step up. One bit per tensor
+    means 0 or s.
     """
 
     def __init__(self, bits: int, symmetric: bool = False, channels: int | None = None):
@@ -789,6 +799,7 @@ class Quantizer(nn.Module):
         if not 1 <= bits <= 8:
             raise ValueError(f"bits should be from 1 to 8, not {bits}")
         self.bits, self.symmetric, self.channels = bits, symmetric, channels
+        self.centred = bits == 1 and channels is not None
         self.qmin = -(2 ** (bits - 1)) if symmetric else 0
         self.qmax = self.qmin + 2**bits - 1
         shape = () if channels is None else (channels,)
@@ -814,6 +825,9 @@ class Quantizer(nn.Module):
         zero = zero_point if self.channels else self.zero
         # LSQ's gradient scale 1 / sqrt(N q_max), N the elements that share a step.
         scale = (x.numel() / self.step.numel() * max(self.qmax, 1)) ** -0.5
+        if self.centred:
+            step = scale_gradient(step, scale)
+            return fake_quantize(x - step / 2, step, zero, self.qmin, self.qmax) + step / 2
         return fake_quantize(x, step, zero, self.qmin, self.qmax, scale)
 
     @torch.no_grad()
@@ -828,18 +842,23 @@ class Quantizer(nn.Module):
         """
         rows = x.reshape(self.channels or 1, -1)
         low, high = rows.amin(1).clamp_max(0), rows.amax(1).clamp_min(0)
-        if self.symmetric:
+        if self.symmetric or self.centred:
             high = torch.maximum(-low, high)
             low = -high
         step = (high - low) / (self.qmax - self.qmin)  # Eq. 4
         # A channel of zeros has no range: it takes the largest step of the others, or 1.
         step = torch.where(step > TINY, step, step.max() if step.max() > TINY else step + 1)
         zero = (self.qmax - high / step).round() * (not self.symmetric)  # Eq. 5
+        zero = torch.ones_like(zero) if self.centred else zero
         rows = rows[:, ::rows.shape[1] // 65536 | 1]  # a sample is enough; odd, to meet all columns
         shrink = torch.arange(1, candidates + 1, device=x.device) / candidates
-        error = torch.stack([
-            (fake_quantize(rows, (a * step)[:, None], zero[:, None], self.qmin, self.qmax)
-             - rows).square().sum(1) for a in shrink])
+        error = []
+        for a in shrink:
+            s = (a * step)[:, None]
+            half = s / 2 if self.centred else 0
+            x_hat = fake_quantize(rows - half, s, zero[:, None], self.qmin, self.qmax) + half
+            error.append((x_hat - rows).square().sum(1))
+        error = torch.stack(error)
         self.step.copy_((step * shrink[error.argmin(0)]).reshape(self.step.shape))
         self.zero_point.copy_(zero.reshape(self.step.shape))
         self.forget()
@@ -917,9 +936,10 @@ def export_int(qmodel: nn.Module) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
     for name, layer in product_layers(qmodel).items():
         q = layer.weight_quantizer
         scale, zero = q.grid(layer.weight)
-        weight = (layer.weight / scale).round().add(zero).clamp(q.qmin, q.qmax)
+        half = 0.5 * q.centred  # a centred grid lies half a step higher
+        weight = (layer.weight / scale - half).round().add(zero).clamp(q.qmin, q.qmax)
         shift = 0 if q.symmetric else 2 ** (q.bits - 1)  # int8 holds [-128, 127], not [0, 255]
-        integers[name] = (weight - shift).to(torch.int8), scale, zero - shift
+        integers[name] = (weight - shift).to(torch.int8), scale, zero - half - shift
     return integers
 
 

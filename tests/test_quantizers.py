@@ -289,3 +289,34 @@ def test_export_int_dequantizes_bit_equal_to_what_the_network_used(wbits, tiny_d
         assert weight.unique().numel() <= 2 ** layers[name].weight_quantizer.bits
         used = layers[name].weight_quantizer(layers[name].weight)
         assert torch.equal((weight - zero_point) * scale, used)
+
+
+def test_one_bit_of_a_weight_is_minus_or_plus_half_a_step():
+    q = Quantizer(1, channels=2)
+    w = torch.tensor([[-2.0, -0.4, 0.1, 3.0], [0.5, -0.5, 0.5, -0.5]], requires_grad=True)
+    q.initialize(w.detach())
+    assert q.step[1].item() == pytest.approx(1)
+    with torch.no_grad():
+        q.step.copy_(torch.tensor([1.0, 2.0]))
+    out = q(w)
+    assert out.tolist() == [[-0.5, -0.5, 0.5, 0.5], [1, -1, 1, -1]]
+    out.backward(torch.tensor([[1.0, 2, 3, 4], [1, 1, 1, 2]]))
+    assert w.grad.tolist() == [[0, 2, 3, 0], [1, 1, 1, 2]]  # straight through within the levels
+    # d x_hat / ds = x_hat / s - x / s within, x_hat / s outside; scaled by 1 / sqrt(N q_max)
+    first = 1 * -0.5 + 2 * (-0.5 + 0.4) + 3 * (0.5 - 0.1) + 4 * 0.5
+    second = (0.5 - 0.25) * (1 - 1 + 1 - 2)
+    torch.testing.assert_close(q.step.grad, torch.tensor([first, second]) / 2)
+
+
+def test_one_bit_step_starts_at_twice_the_mean_magnitude_and_exports():
+    torch.manual_seed(0)
+    model = common.quantize(common.build_model("resnet8", 10), 1, 1)
+    common.calibrate(model, torch.randn(8, 3, 32, 32))
+    layer = model.blocks[0].conv2
+    best = 2 * layer.weight.abs().mean((1, 2, 3))  # the least squared error of +-s/2
+    torch.testing.assert_close(layer.weight_quantizer.step, best, rtol=0.05, atol=0)
+    weight, scale, zero = common.export_int(model)["blocks.0.conv2"]
+    assert weight.unique().numel() == 2
+    assert torch.equal((weight - zero) * scale, layer.weight_quantizer(layer.weight))
+    x = torch.linspace(-1, 3, 50)
+    assert len(layer.input_quantizer(x).unique()) == 2 and (layer.input_quantizer(x) == 0).any()
