@@ -35,7 +35,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-MODELS = ["resnet8", "resnet20", "resnet18"]
+MODELS = ["resnet8", "resnet20", "resnet18", "vit_tiny"]
 DATASETS = ["auto", "cifar10", "cifar100", "fashion_mnist", "folder", "shapes"]
 
 # ------------------------------------------------------------------------ 1. Command line and run
@@ -74,6 +74,7 @@ def base_parser(description: str, fewest_bits: int = 2) -> Parser:
     add("--wbits", type=bits, help="of weights, if not --bits")
     add("--abits", type=bits, help="of activations, if not --bits")
     add("--model", choices=MODELS, default="resnet8", help="network")
+    add("--depth", type=number(int, 1, 48), default=4, help="blocks of vit_tiny")
     add("--quantizer", choices=["lsq"], default="lsq", help="how steps are learned")
     add("--dataset", choices=DATASETS, default="auto", help="auto: cifar10 if at hand, else shapes")
     add("--data-dir", type=Path, default=Path("data"), help="where data sets lie")
@@ -642,8 +643,63 @@ class CifarResNet(nn.Module):
         return self.fc(self.blocks(F.relu_(self.bn(self.conv(x)))).mean((2, 3)))
 
 
-def build_model(name: str, classes: int) -> nn.Module:
+class Product(nn.Module):
+    """a @ b of two features, as a module for `quantize` to replace."""
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        return a @ b
+
+
+class Attention(nn.Module):
+    """Self-attention over N x T x width; each matrix product is a module of its own."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.q, self.k, self.v, self.proj = (nn.Linear(width, width) for _ in range(4))
+        self.scores, self.mix = Product(), Product()
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (linear(x).unflatten(2, (self.heads, -1)).transpose(1, 2)
+                   for linear in (self.q, self.k, self.v))
+        weights = (self.scores(q, k.transpose(2, 3)) * q.shape[3] ** -0.5).softmax(3)
+        return self.proj(self.mix(weights, v).transpose(1, 2).flatten(2))
+
+
+class ViTBlock(nn.Module):
+    """x + attention(norm(x)), then x + fc2(gelu(fc1(norm(x)))): N x T x width."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.norm1, self.attention = nn.LayerNorm(width), Attention(width, heads)
+        self.norm2 = nn.LayerNorm(width)
+        self.fc1, self.fc2 = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attention(self.norm1(x))
+        return x + self.fc2(F.gelu(self.fc1(self.norm2(x))))
+
+
+class ViT(nn.Module):
+    """Vision transformer for N x 3 x 32 x 32: 64 patches of 4 x 4, their mean classified. DeiT-Ti
+    has this width and these heads, depth 12 and a class token."""
+
+    def __init__(self, classes: int, depth: int = 4, width: int = 192, heads: int = 3):
+        super().__init__()
+        self.patches = nn.Conv2d(3, width, 4, 4)
+        self.position = nn.Parameter(0.02 * torch.randn(1, 64, width))
+        self.blocks = nn.Sequential(*(ViTBlock(width, heads) for _ in range(depth)))
+        self.norm, self.fc = nn.LayerNorm(width), nn.Linear(width, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.patches(x).flatten(2).transpose(1, 2) + self.position
+        return self.fc(self.norm(self.blocks(x)).mean(1))
+
+
+def build_model(name: str, classes: int, depth: int = 4) -> nn.Module:
     """A network for N x 3 x 32 x 32 images, freshly initialised from torch's global generator."""
+    if name == "vit_tiny":
+        return ViT(classes, depth)
     if name == "resnet8":  # MLPerf Tiny, 78 k parameters
         return CifarResNet([1, 1, 1], classes)
     if name == "resnet20":  # He et al. 2016, section 4.2, with 1 x 1 convolutions as shortcuts
@@ -655,6 +711,18 @@ def build_model(name: str, classes: int) -> nn.Module:
 
 
 FP_LR, FP_WARMUP, FP_DECAY = 0.2, 0.1, 1e-4  # peak rate per 128 images, share of rising steps
+VIT_LR, VIT_DECAY = 1e-3, 0.05  # the same for vit_tiny, which wants AdamW
+
+
+def fp_optimizer(args: argparse.Namespace, data: Data,
+                 model: nn.Module) -> tuple[torch.optim.Optimizer, float]:
+    """(optimizer, peak learning rate) of full-precision training: Nesterov SGD, or AdamW."""
+    images = min(args.batch_size, len(data.train_labels))
+    if args.model == "vit_tiny":
+        lr = VIT_LR * images / 128
+        return torch.optim.AdamW(model.parameters(), lr, weight_decay=VIT_DECAY), lr
+    lr = FP_LR * images / 128
+    return sgd(model, lr, FP_DECAY, nesterov=True), lr
 
 
 def full_precision(args: argparse.Namespace, data: Data) -> tuple[nn.Module, dict]:
@@ -663,11 +731,12 @@ def full_precision(args: argparse.Namespace, data: Data) -> tuple[nn.Module, dic
     header = {"model": args.model, "dataset": data.name, "data": data.fingerprint,
               "pad": PAD, "fp_seed": args.fp_seed, "fp_epochs": args.fp_epochs, "lr": FP_LR,
               "warmup": FP_WARMUP, "batch_size": args.batch_size, "decay": FP_DECAY}
+    if args.model == "vit_tiny":
+        header |= {"lr": VIT_LR, "decay": VIT_DECAY, "depth": args.depth}
     torch.manual_seed(args.fp_seed)
-    model = build_model(args.model, data.classes)
+    model = build_model(args.model, data.classes, args.depth)
     model = model.to(args.device, memory_format=torch.channels_last)
-    lr = FP_LR * min(args.batch_size, len(data.train_labels)) / 128
-    optimizer = sgd(model, lr, FP_DECAY, nesterov=True)
+    optimizer, lr = fp_optimizer(args, data, model)
     run = Run(args, data, model, optimizer, "fp", args.fp_seed, args.fp_epochs, lr, FP_WARMUP,
               header)
     for _ in run.epochs():
@@ -894,6 +963,17 @@ class QuantLinear(nn.Module):
         return F.linear(self.input_quantizer(x), self.weight_quantizer(self.weight), self.bias)
 
 
+class QuantProduct(nn.Module):
+    """`Product` of two quantized features."""
+
+    def __init__(self, abits: int):
+        super().__init__()
+        self.a_quantizer, self.b_quantizer = Quantizer(abits), Quantizer(abits)
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        return self.a_quantizer(a) @ self.b_quantizer(b)
+
+
 def product_layers(model: nn.Module) -> dict[str, nn.Module]:
     """The layers that multiply by a weight, quantized or not, by name in order of definition."""
     kinds = (nn.Conv2d, nn.Linear, QuantConv2d, QuantLinear)
@@ -902,7 +982,8 @@ def product_layers(model: nn.Module) -> dict[str, nn.Module]:
 
 def quantize(model: nn.Module, wbits: int, abits: int, method: str = "lsq") -> nn.Module:
     """A copy of `model` in which every Conv2d and Linear quantizes input and weight, the first and
-    the last at 8 bits. Its steps exist, for an optimizer to hold, but are NaN until `calibrate`."""
+    the last at 8 bits, and every Product its two operands. Its steps exist, for an optimizer to
+    hold, but are NaN until `calibrate`."""
     if method != "lsq":
         raise ValueError(f"method should be 'lsq', not {method!r}")
     model = copy.deepcopy(model)
@@ -912,14 +993,19 @@ def quantize(model: nn.Module, wbits: int, abits: int, method: str = "lsq") -> n
         kind = QuantConv2d if isinstance(layer, nn.Conv2d) else QuantLinear
         quantized = kind(layer, *(8, 8) if ends else (wbits, abits)).to(layer.weight.device)
         model.set_submodule(name, quantized)
+    for name, product in list(model.named_modules()):
+        if isinstance(product, Product):
+            device = next(model.parameters()).device
+            model.set_submodule(name, QuantProduct(abits).to(device))
     return model
 
 
 @torch.no_grad()
-def calibrate(qmodel: nn.Module, images: Tensor) -> None:
+def calibrate(qmodel: nn.Module, images: Tensor, candidates: int = 100) -> None:
     """Set steps and zero points from one pass of `images` (the paper takes 100), layer by layer,
-    each layer seeing its input as the quantized layers before it make it."""
-    hooks = [m.register_forward_pre_hook(lambda q, inputs: q.initialize(inputs[0]))
+    each layer seeing its input as the quantized layers before it make it. `candidates`: 1 takes
+    the range of the data, more search for the one of least error (see `Quantizer.initialize`)."""
+    hooks = [m.register_forward_pre_hook(lambda q, inputs: q.initialize(inputs[0], candidates))
              for m in qmodel.modules() if isinstance(m, Quantizer)]
     training = qmodel.training
     qmodel.eval()(images)

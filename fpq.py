@@ -182,9 +182,13 @@ def attach_sfp(student: nn.Module, p: float, noise_at: str) -> None:
 
 @contextmanager
 def layer_outputs(model: nn.Module) -> Iterator[list[Tensor]]:
-    """Within the context, a list that the outputs z_l of all layers are appended to, in order."""
+    """Within the context, a list that the outputs z_l of all layers are appended to, in order:
+    N x C x ...; of tokens, N x T x C, the channels are moved to where convolutions have them."""
+    def keep(layer, inputs, z):
+        outputs.append(z.movedim(2, 1) if z.dim() == 3 else z)
+
     outputs = []
-    hooks = [layer.register_forward_hook(lambda layer, inputs, z: outputs.append(z))
+    hooks = [layer.register_forward_hook(keep)
              for layer in product_layers(model).values()]
     try:
         yield outputs
