@@ -195,7 +195,8 @@ class Run:
         self.script, self.history, self.finished = Path(sys.argv[0]).stem, [], None
         self.stream = seed * 100_003 + (2**41 if header else 0)  # full precision has one of its own
         flags = {k: str(v) for k, v in sorted(vars(args).items()) if k not in (
-            "bits out resume seed data_dir device ablate compare diagnose recipe").split()}
+            "bits out resume seed data_dir device recipe ablate compare controls diagnose measure "
+            "study sweep_bits ptq").split()}
         self.header = header or flags | {"script": self.script, "method": method, "seed": seed,
                                          "dataset": data.name, "data": data.fingerprint, "pad": PAD}
         name = f"{self.script}-{method}-{args.model}-{data.name}-w{args.wbits}a{args.abits}-s{seed}"

@@ -396,7 +396,8 @@ def ptq_table(results: list[dict]) -> str:
     """Accuracy of each network (row) at each pair of bits (column); ± the seeds' deviation."""
     cells, first = {}, results[0]
     for r in results:
-        cells.setdefault(r["method"], {}).setdefault((r["wbits"], r["abits"]), []).append(r["test_acc"])
+        row = cells.setdefault(r["method"], {})
+        row.setdefault((r["wbits"], r["abits"]), []).append(r["test_acc"])
     lines = [f"\n{first['dataset']}, {first['train_size']} training images, {first['model']}, test "
              "accuracy % of the last epoch and after post-training quantization",
              f"{'method':<24}" + "".join(f"{f'W{w}A{a}':<15}" for w, a in cells[first["method"]])]
