@@ -15,12 +15,16 @@ import statistics
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import common  # noqa: E402
+import cr_qat  # noqa: E402
+import flat_quant  # noqa: E402
 import fpq  # noqa: E402
+import mec_quant  # noqa: E402
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 from torch import nn  # noqa: E402
@@ -136,7 +140,7 @@ def step_of(variant: str, model: nn.Module, images: torch.Tensor, labels: torch.
     """A function that trains `variant` of `model` by one step."""
     teacher, compiled = copy.deepcopy(model).eval(), variant.endswith("compiled")
     kind = variant.split()[0] if variant not in PEERS else variant
-    if kind in ("lsq", "fpq"):
+    if kind in ("lsq", "fpq", "cr", "mec-quant"):
         student = common.quantize(model, 2, 2)
         common.calibrate(student, images)
         if kind == "fpq":
@@ -148,22 +152,46 @@ def step_of(variant: str, model: nn.Module, images: torch.Tensor, labels: torch.
         student(images)  # scales are made at the first use
         for module in student.modules():
             getattr(module, "enable_range_learning", lambda: None)()
+    noise = lambda strength: nullcontext()  # noqa: E731
+    if kind == "cr":
+        average = cr_qat.averaged(student, 0.999)
+    if kind == "dnq":
+        weight_noise = flat_quant.DifferentialWeightNoise(student, 2)
+        activation_noise = flat_quant.ActivationNoise(student, 2, 0.5)
+        weight_noise.measure(), activation_noise.measure(student, images)
+        noise, activation_noise.strength = weight_noise.injected, 1.0
     student.train()
     optimizer = torch.optim.SGD(student.parameters(), 0.01, momentum=0.9)
+    options = argparse.Namespace(eps2=0.5, experts=3, order=None)
 
-    def step():
-        common.use_compiled(compiled)
+    def loss_of():
         if kind == "fpq":
             with fpq.layer_outputs(student) as z:
                 logits = student(images)
             with torch.no_grad(), fpq.layer_outputs(teacher) as z_fp:
                 teacher(images)
-            loss = F.cross_entropy(logits, labels) + fpq.csd_loss(z, z_fp)
-        else:
-            loss = F.cross_entropy(student(images), labels)
-        optimizer.zero_grad()
-        loss.backward()
+            return F.cross_entropy(logits, labels) + fpq.csd_loss(z, z_fp)
+        if kind == "mec-quant":
+            with mec_quant.penultimate(student) as features:
+                logits = student(images)
+            term = mec_quant.mec_term(options, features[0], None, "scale")
+            return F.cross_entropy(logits, labels) - 0.1 * term
+        logits = student(images)
+        if kind == "cr":
+            with torch.no_grad():
+                other = average(images)
+            return F.cross_entropy(logits, labels) + cr_qat.consistency_loss(logits, other)
+        return F.cross_entropy(logits, labels)
+
+    def step():
+        common.use_compiled(compiled)
+        with noise(1.0):
+            loss = loss_of()
+            optimizer.zero_grad()
+            loss.backward()
         optimizer.step()
+        if kind == "cr":
+            average.update_parameters(student)
         if images.is_cuda:
             torch.cuda.synchronize()
     return step
@@ -236,9 +264,9 @@ def main() -> None:
         step_of("full precision", network("resnet8"), images.to(DEVICE), labels.to(DEVICE))()
         return print(time.time())
     versions = {p: peer_version(p) for p in PEERS}
-    variants = ["full precision", "lsq", "fpq"]
+    variants = ["full precision", "lsq", "fpq", "cr", "mec-quant", "dnq"]
     if common.use_compiled(True):
-        variants += ["lsq compiled", "fpq compiled"]
+        variants += ["lsq compiled", "fpq compiled", "cr compiled", "mec-quant compiled"]
     variants += [p for p, version in versions.items() if version is not None]
     print(f"one training step / full-precision step, W2A2, batch {BATCH}, {DEVICE}, "
           f"{torch.get_num_threads()} threads, torch {torch.__version__}")

@@ -114,8 +114,9 @@ def test_gradients_by_finite_differences(m, d):
 def test_normalized_rows_are_centred_first_and_then_of_unit_norm():
     features = torch.rand(50, 8, dtype=torch.float64) * 3 + 5
     z = normalized_rows(features)
-    torch.testing.assert_close(z.norm(dim=1), torch.ones(50, dtype=torch.float64), rtol=1e-5, atol=0)
-    torch.testing.assert_close(z, F.normalize(features - features.mean(0), dim=1), rtol=1e-5, atol=0)
+    expected = F.normalize(features - features.mean(0), dim=1)
+    torch.testing.assert_close(z, expected, rtol=1e-5, atol=0)
+    torch.testing.assert_close(z.norm(dim=1), torch.ones(50).double(), rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("value", [0.0, 7.0])
@@ -250,7 +251,7 @@ def test_everything_as_a_user_runs_it(monkeypatch, capsys, tmp_path, flags, bits
         assert all(word in out for word in ("effective rank", "series of", "experts of", "blocks"))
 
 
-@pytest.mark.parametrize("flags,word", [(["--order", "3"], "even"), (["--bits", "0"], "from 1 to 8"),
+@pytest.mark.parametrize("flags,word", [(["--order", "3"], "even"), (["--bits", "0"], "1 to 8"),
                                         (["--experts", "0"], "from 1"), (["--eps2", "0"], "from")])
 def test_bad_input_is_one_line(monkeypatch, capsys, tmp_path, flags, word):
     monkeypatch.setattr(sys, "argv", ["mec_quant.py", "--dry-run", "--out", str(tmp_path), *flags])
