@@ -33,6 +33,15 @@ def test_coding_length_batchwise_equals_featurewise_equals_the_definition(m, d, 
         torch.testing.assert_close(mine, mu * torch.logdet(eye + lam * product))
 
 
+@pytest.mark.parametrize("m,d", [(12, 5), (5, 12)])
+def test_the_smaller_of_the_two_forms_is_taken(monkeypatch, m, d):
+    sizes = []
+    monkeypatch.setattr(mec_quant, "logdet", lambda c, _: sizes.append(tuple(c.shape)) or c.sum())
+    coding_length(rows(m, d), eps2=0.5)
+    coding_length(rows(m, d), rows(m, d, 1), eps2=0.5)
+    assert sizes == [(5, 5)] * 2
+
+
 @pytest.mark.parametrize("branches", [1, 2])
 def test_series_converges_to_the_exact_length(branches):
     z1, z2 = rows(20, 6), None if branches == 1 else rows(20, 6, 1)
@@ -56,7 +65,10 @@ def test_series_outside_convergence_warns_and_is_exact_and_odd_orders_are_refuse
     assert guarded == coding_length(z, eps2=0.5)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        coding_length(z, eps2=1.01, order=4)
+        series = coding_length(z, eps2=1.01, order=4)
+    x = 1 / 1.01  # the only eigenvalue
+    by_hand = 26 / 2 * (x - x**2 / 2 + x**3 / 3 - x**4 / 4)
+    assert series.item() == pytest.approx(by_hand)
     with pytest.raises(ValueError, match="even"):
         coding_length(z, eps2=2.0, order=3)
 
