@@ -132,7 +132,8 @@ def test_hidden_labels_are_balanced_and_a_quarter_of_each_batch_is_labelled(tiny
 
 @pytest.mark.parametrize("method,flags", [
     ("cr", ["--lambda-max", "40"]), ("cr", ["--labels", "20", "--lambda-max", "40"]),
-    ("lsq", ["--labels", "20"]), ("kd", ["--ramp-epochs", "0", "--lambda-max", "1"]), ("two-view", [])])
+    ("lsq", ["--labels", "20"]), ("kd", ["--ramp-epochs", "0", "--lambda-max", "1"]),
+    ("two-view", [])])
 def test_loss_is_cross_entropy_of_labelled_plus_weighted_consistency(
         monkeypatch, parse, tiny_data, method, flags):
     """The first step of the loop, rebuilt by hand: same gradients."""
