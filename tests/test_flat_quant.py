@@ -333,11 +333,14 @@ def run_main(monkeypatch, tmp_path, script, *flags):
 
 
 def test_study_as_a_user_runs_it(monkeypatch, capsys, tmp_path):
+    assert all(flat_quant.pieces(method) == method for method in flat_quant.STUDY)
+    monkeypatch.setattr(flat_quant, "STUDY", ["sgd", "wrong-bits", "sam"])
     lines = run_main(monkeypatch, tmp_path, flat_quant, "--study", "--measure", "--wbits", "3",
                      "--abits", "3")
     out = capsys.readouterr().out
-    assert len(lines) == 8 * 2 * (1 + 5) and "nan" not in out
-    assert {x["method"] for x in lines} == {m + s for m in flat_quant.STUDY for s in ("", "+swa")}
+    methods = [*flat_quant.STUDY, "weight+activation"]
+    assert len(lines) == 4 * 2 * (1 + 5) and "nan" not in out
+    assert {x["method"] for x in lines} == {m + s for m in methods for s in ("", "+swa")}
     assert "rank correlation" in out and "corr(dW, W)" in out and "W3A3" in out and "W8A8" in out
 
 
