@@ -21,7 +21,8 @@ mean teacher (Tarvainen & Valpola 2017): formulas, schedule and constants below 
     python cr_qat.py --bits 2 --dataset shapes           full precision -> LSQ -> CR, 2 minutes
     python cr_qat.py --bits 2 --controls --diagnose      what else could explain a gain; sensitivity
 
-Measured: see the README's results.
+Measured, 20,000 CIFAR-10 images, resnet8, W2A2, 15 + 6 epochs, one seed: full precision 76.26 %,
+LSQ 73.10, CR 73.48, LSQ on two labelled views 73.73: no gain that the controls do not have too.
 """
 
 import argparse
@@ -245,17 +246,17 @@ def diagnose(data: Data, trained: dict[str, tuple]) -> None:
     names = list(trained)
     for place, sigmas in (("input", (0.0, 0.1, 0.2, 0.4)), ("weight", (0.0, 0.1, 0.2, 0.4))):
         print(f"\naccuracy % | KL to the clean prediction, under Gaussian noise on each {place}")
-        print(f"{'sigma':<9}" + "".join(f"{n:<20}" for n in names))
+        print(f"{'sigma':<9}" + "".join(f"{n:<22}" for n in names))
         for sigma in sigmas:
             cells = (sensitivity(trained[n][0], data, place, sigma) for n in names)
-            print(f"{sigma:<9}" + "".join(f"{f'{acc:.2f} | {kl:.4f}':<20}" for acc, kl in cells))
+            print(f"{sigma:<9}" + "".join(f"{f'{acc:.2f} | {kl:.4f}':<22}" for acc, kl in cells))
     print("\nentropy of the quantized weights, bits")
-    print(f"{'':<9}" + "".join(f"{weight_entropy(trained[n][0]):<20.4f}" for n in names))
+    print(f"{'':<9}" + "".join(f"{weight_entropy(trained[n][0]):<22.4f}" for n in names))
     print("\nby epoch: weights that change bin in a step, % | Hessian trace ± standard error")
     for row in zip(*(trained[n][3] for n in names)):
         cells = (f"{100 * h['moved']:.3f} | {h['trace'][0]:.1f} ± {h['trace'][1]:.1f}"
                  if "trace" in h else "not recorded" for h in row)  # trained without --diagnose
-        print(f"{row[0]['epoch']:<9}" + "".join(f"{cell:<20}" for cell in cells))
+        print(f"{row[0]['epoch']:<9}" + "".join(f"{cell:<22}" for cell in cells))
 
 
 def main() -> None:

@@ -23,7 +23,8 @@ tell of it, and choices are named.
     python flat_quant.py --bits 4 --dataset shapes     plain and flat network, quantized; 2 minutes
     python flat_quant.py --bits 4 --study --measure    every noise, SAM, controls; the errors
 
-Measured: see the README's results.
+Measured, 5,000 CIFAR-10 images, resnet8, one seed, W2A4: plain training 62.59 % before and 27.74
+after quantization; both noises and SWA 60.31 and 40.53; SAM and SWA 59.68 and 40.44.
 """
 
 import argparse

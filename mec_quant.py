@@ -21,7 +21,8 @@ ancestors (Ma et al. 2007; MEC, Liu et al. 2022); the mixture is rebuilt on MCR^
     python mec_quant.py --bits 2 --dataset shapes     full precision -> LSQ -> MEC-Quant, 2 minutes
     python mec_quant.py --wbits 4 --abits 1           extremely low; --sweep-bits: 4, 3, 2 and 1
 
-Measured: see the README's results.
+Measured, 20,000 CIFAR-10 images, resnet8, 15 + 4 epochs, one seed: full precision 76.26 %; W2A2 LSQ
+73.67, MEC-Quant 73.52; W4A1 LSQ 67.33, MEC-Quant 67.65: no gain beyond that of random gates.
 """
 
 import argparse
@@ -314,7 +315,8 @@ def diagnose(args: argparse.Namespace, data: Data, network: nn.Module, trained: 
     for name, f in features.items():
         length, rank, top = spectrum(f, args.eps2)
         print(f"{name:<12}{length:<12.4f}{rank:<17.2f}{100 * top:.1f} %")
-    last = next((name for name in reversed(trained) if METHODS[name][0]), list(trained)[-1])
+    last = next((name for name in ("mec-quant", *reversed(trained))
+                 if name in trained and METHODS[name][0]), list(trained)[-1])
     print(f"\nseries of {last} by epoch: spectral norm | relative error of orders {ORDERS}")
     for row in trained[last][2]:
         if "series" in row:  # a run resumed after training without --diagnose has none
