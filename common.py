@@ -2,9 +2,9 @@
 
     1. Command line and run      base_parser, finish_args, entry, sgd, Run, result_table
     2. Data                      Data, load_data
-    3. Models                    CifarResNet, build_model, full_precision
-    4. Quantizers                fake_quantize, Quantizer, QuantConv2d, QuantLinear, quantize,
-                                 calibrate, export_int
+    3. Models                    CifarResNet, ViT, build_model, full_precision
+    4. Quantizers                fake_quantize, Quantizer (LSQ), LSQ+ and PACT, QuantConv2d,
+                                 QuantLinear, quantize, calibrate, export_int
     5. Evaluation and flatness   evaluate, hessian_trace, hessian_top_eigenvalue
 
 Symbols follow the papers' shared protocol (FPQ, arXiv 2503.11159, section 3.1): step s, zero
@@ -24,6 +24,7 @@ import sys
 import threading
 import time
 import urllib.request
+import warnings
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -34,8 +35,10 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+from torch.optim.swa_utils import update_bn
 
-MODELS = ["resnet8", "resnet20", "resnet18", "vit_tiny"]
+MODELS = ["resnet8", "resnet20", "resnet18", "resnet50", "mobilenet_v1", "mobilenet_v2", "vit_tiny"]
+QUANTIZERS = ["lsq", "lsq+", "pact"]
 DATASETS = ["auto", "cifar10", "cifar100", "fashion_mnist", "folder", "shapes"]
 
 # ------------------------------------------------------------------------ 1. Command line and run
@@ -75,7 +78,7 @@ def base_parser(description: str, fewest_bits: int = 2) -> Parser:
     add("--abits", type=bits, help="of activations, if not --bits")
     add("--model", choices=MODELS, default="resnet8", help="network")
     add("--depth", type=number(int, 1, 48), default=4, help="blocks of vit_tiny")
-    add("--quantizer", choices=["lsq"], default="lsq", help="how steps are learned")
+    add("--quantizer", choices=QUANTIZERS, default="lsq", help="how steps are learned")
     add("--dataset", choices=DATASETS, default="auto", help="auto: cifar10 if at hand, else shapes")
     add("--data-dir", type=Path, default=Path("data"), help="where data sets lie")
     add("--train-size", type=count, help="class-balanced subset of the training images")
@@ -152,10 +155,11 @@ def entry(main: Callable[[], None]) -> None:
 
 
 def sgd(model: nn.Module, lr: float, weight_decay: float, **options) -> torch.optim.SGD:
-    """SGD, momentum 0.9; no weight decay on the quantizers' steps, which are scales."""
+    """SGD, momentum 0.9; no weight decay on steps and offsets of quantizers. PACT's clips have it,
+    as nothing else would make them smaller."""
     groups = ([], [])
     for name, parameter in model.named_parameters():
-        groups[name.endswith(".step")].append(parameter)
+        groups[name.endswith((".step", ".offset"))].append(parameter)
     return torch.optim.SGD([{"params": groups[0], "weight_decay": weight_decay},
                             {"params": groups[1], "weight_decay": 0}], lr, momentum=0.9, **options)
 
@@ -199,7 +203,9 @@ class Run:
             "study sweep_bits ptq").split()}
         self.header = header or flags | {"script": self.script, "method": method, "seed": seed,
                                          "dataset": data.name, "data": data.fingerprint, "pad": PAD}
-        name = f"{self.script}-{method}-{args.model}-{data.name}-w{args.wbits}a{args.abits}-s{seed}"
+        name = "-".join([self.script, method, args.model, data.name, *(
+            [args.quantizer] if args.quantizer != "lsq" else []),
+            f"w{args.wbits}a{args.abits}", f"s{seed}"])
         if header:
             digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode()).hexdigest()
             name = f"{method}-{args.model}-{data.name}-{digest[:8]}"
@@ -286,7 +292,8 @@ class Run:
         else:
             self.finished = {
                 "script": self.script, "method": self.method, "dataset": self.data.name,
-                "model": a.model, "wbits": wbits or a.wbits, "abits": abits or a.abits,
+                "model": a.model, "quantizer": None if self.method == "fp" else a.quantizer,
+                "wbits": wbits or a.wbits, "abits": abits or a.abits,
                 "seed": self.seed, "epochs": self.total, "train_size": len(self.data.train_labels),
                 "test_acc": self.history[-1]["test_acc"],
                 "test_loss": self.history[-1]["test_loss"],
@@ -311,7 +318,7 @@ def result_table(results: list[dict], baseline: str) -> str:
     """One row per method: accuracy of the last epoch, mean ± sample deviation over seeds."""
     first, wide = results[0], max(8, *(len(r["method"]) + 2 for r in results))
     lines = [f"\n{first['dataset']}, {first['train_size']} training images, {first['model']}, "
-             "accuracy of the last epoch",
+             f"quantizer {results[-1]['quantizer']}, accuracy of the last epoch",
              f"{'method':<{wide}}{'W/A':<7}{'test acc %':<15}{'vs ' + baseline:<9}{'test loss':<11}"
              f"{'epochs':<8}{'s/epoch':<9}seeds"]
     groups = {}
@@ -697,6 +704,21 @@ class ViT(nn.Module):
         return self.fc(self.norm(self.blocks(x)).mean(1))
 
 
+def mobilenet_v1(classes: int) -> nn.Sequential:
+    """MobileNet (Howard et al. 2017, table 1): 3 x 3 convolutions of each channel apart, then
+    1 x 1; batch norm and ReLU after each. Its first stride, of 2, is 1 for 32 x 32 images."""
+    def unit(inputs, outputs, size, stride=1, groups=1):
+        conv = nn.Conv2d(inputs, outputs, size, stride, size // 2, groups=groups, bias=False)
+        return conv, nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)
+
+    layers, inputs = [*unit(3, 32, 3)], 32
+    for outputs, stride in [(64, 1), (128, 2), (128, 1), (256, 2), (256, 1), (512, 2),
+                            *[(512, 1)] * 5, (1024, 2), (1024, 1)]:
+        layers += [*unit(inputs, inputs, 3, stride, inputs), *unit(inputs, outputs, 1)]
+        inputs = outputs
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(1024, classes))
+
+
 def build_model(name: str, classes: int, depth: int = 4) -> nn.Module:
     """A network for N x 3 x 32 x 32 images, freshly initialised from torch's global generator."""
     if name == "vit_tiny":
@@ -705,7 +727,14 @@ def build_model(name: str, classes: int, depth: int = 4) -> nn.Module:
         return CifarResNet([1, 1, 1], classes)
     if name == "resnet20":  # He et al. 2016, section 4.2, with 1 x 1 convolutions as shortcuts
         return CifarResNet([3, 3, 3], classes)
-    model = import_torchvision().models.resnet18(num_classes=classes)
+    if name == "mobilenet_v1":
+        return mobilenet_v1(classes)
+    models = import_torchvision().models
+    if name == "mobilenet_v2":  # the usual strides for 32 x 32 images: two of five are left out
+        model = models.mobilenet_v2(num_classes=classes, dropout=0.0)
+        model.features[0][0].stride = model.features[2].conv[1][0].stride = (1, 1)
+        return model
+    model = {"resnet18": models.resnet18, "resnet50": models.resnet50}[name](num_classes=classes)
     model.conv1 = nn.Conv2d(3, 64, 3, 1, 1, bias=False)  # the usual stem for 32 x 32 images
     model.maxpool = nn.Identity()
     return model
@@ -747,6 +776,10 @@ def full_precision(args: argparse.Namespace, data: Data) -> tuple[nn.Module, dic
             loss.backward()
             optimizer.step()
             run.log(loss=loss)
+    if args.dry_run:  # two steps leave batch norm's running statistics at their start; a deep
+        # network calibrated by those would be dead, and say nothing about what a real run does
+        update_bn((images for images, _ in data.batches(64, torch.Generator().manual_seed(0))),
+                  model)
     return model.eval(), run.finish(32, 32)
 
 
@@ -934,17 +967,181 @@ class Quantizer(nn.Module):
         self.forget()
 
 
+    def integers(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(n, scale, zero) with x_hat = (n - zero) * scale bit for bit, n whole numbers."""
+        scale, zero = self.grid(x)
+        half = 0.5 * self.centred  # a centred grid lies half a step higher
+        n = (x / scale - half).round().add(zero).clamp(self.qmin, self.qmax)
+        return n, scale, zero - half
+
+
+def require_calibrated(quantizer: nn.Module, value: Tensor) -> None:
+    if not hasattr(quantizer, "seen"):  # looked at once: it means to wait for the device
+        if value.isnan().any():
+            raise RuntimeError("quantizer without a step: call common.calibrate first")
+        quantizer.seen = True
+
+
+class OffsetQuantizer(nn.Module):
+    """LSQ+ (Bhalgat et al. 2020): LSQ whose activations (no `channels`) have a learned offset beta,
+    and whose weights have a signed grid, n = -2^(q-1) to 2^(q-1) - 1.
+
+        x_hat = clip(round((x - beta) / s), 0, 2^q - 1) s + beta     w_hat = clip(round(w / s)) s
+        dx_hat/dbeta = 0 within the grid, 1 outside                  dx_hat/ds: LSQ's
+
+    Initial values are the paper's: s = max|mean -+ 3 deviations| / 2^(q-1) of each channel of a
+    weight; of an activation, s and beta of the least squared error. Beta's gradient has the step's
+    scale [choice].
+    """
+
+    def __init__(self, bits: int, channels: int | None = None):
+        super().__init__()
+        self.bits, self.channels = bits, channels
+        self.qmin = -(2 ** (bits - 1)) if channels else 0
+        self.qmax = self.qmin + 2**bits - 1
+        self.step = nn.Parameter(torch.full((channels,) if channels else (), math.nan))
+        self.offset = None if channels else nn.Parameter(torch.tensor(math.nan))
+
+    def grid(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        step = self.step.abs().clamp_min(TINY)
+        if self.channels:
+            return step.reshape([-1] + [1] * (x.dim() - 1)), torch.zeros_like(step[0])
+        return step, -self.offset / step
+
+    def forward(self, x: Tensor) -> Tensor:
+        require_calibrated(self, self.step)
+        step, scale = self.grid(x)[0], (x.numel() / self.step.numel() * max(self.qmax, 1)) ** -0.5
+        if self.channels:
+            return fake_quantize(x, step, 0, self.qmin, self.qmax, scale)
+        beta = scale_gradient(self.offset, scale)
+        return fake_quantize(x - beta, step, 0, self.qmin, self.qmax, scale) + beta
+
+    @torch.no_grad()
+    def initialize(self, x: Tensor, candidates: int = 100) -> None:
+        """From data. The least squared error is sought from LSQ's start on, fitting s and beta by
+        least squares and rounding anew in turn [choice]."""
+        if self.channels:
+            rows = x.flatten(1)
+            mean, reach = rows.mean(1), 3 * rows.std(1, correction=0)
+            step = torch.maximum((mean - reach).abs(), (mean + reach).abs()) / 2 ** (self.bits - 1)
+            step = torch.where(step > TINY, step, step.max() if step.max() > TINY else step + 1)
+            self.step.copy_(step)
+            return
+        start = Quantizer(self.bits).to(x.device)
+        start.initialize(x, candidates)
+        step, beta = start.step.detach().clone(), -start.zero_point * start.step
+        sample = x.flatten()[::x.numel() // 65536 | 1]
+        for _ in range(20):
+            n = ((sample - beta) / step).round().clamp(0, self.qmax)
+            spread = n.var(correction=0)
+            fitted = ((n * sample).mean() - n.mean() * sample.mean()) / spread
+            step = torch.where((spread > 0) & (fitted > TINY), fitted, step)
+            beta = sample.mean() - step * n.mean()
+        self.step.copy_(step)
+        self.offset.copy_(beta)
+
+    def integers(self, w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        step, zero = self.grid(w)
+        return (w / step).round().clamp(self.qmin, self.qmax), step, zero
+
+
+class ClipQuantizer(nn.Module):
+    """PACT (Choi et al. 2018), of activations: the clip alpha is learned, by values beyond it only.
+
+        x_hat = round(clip(x, 0, alpha) / s) s,   s = alpha / (2^q - 1)
+        dx_hat/dalpha = 1 if x >= alpha else 0
+
+    Weight decay, which the paper gives alpha as it does weights, is all that makes it smaller.
+    Where the data have negative values (images, tokens), which the paper does not know, a zero
+    point as LSQ's moves the grid: clip(x, -z s, alpha), s = alpha / (2^q - 1 - z) [choice]. alpha
+    starts as LSQ's range does [choice; theirs starts high, from scratch].
+    """
+
+    def __init__(self, bits: int):
+        super().__init__()
+        self.bits, self.channels, self.qmin, self.qmax = bits, None, 0, 2**bits - 1
+        self.alpha = nn.Parameter(torch.tensor(math.nan))
+        self.register_buffer("zero_point", torch.tensor(0.0))
+
+    @property
+    def step(self) -> Tensor:
+        return self.alpha.abs().clamp_min(TINY) / (self.qmax - self.zero_point)
+
+    def grid(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.step, self.zero_point
+
+    def forward(self, x: Tensor) -> Tensor:
+        require_calibrated(self, self.alpha)
+        high, step = self.alpha.abs().clamp_min(TINY), self.step.detach()
+        low = -self.zero_point * high / (self.qmax - self.zero_point)
+        clipped = torch.where(x >= high, high, torch.where(x <= low, low, x))
+        return clipped + ((clipped / step).round() * step - clipped).detach()
+
+    @torch.no_grad()
+    def initialize(self, x: Tensor, candidates: int = 100) -> None:
+        start = Quantizer(self.bits).to(x.device)
+        start.initialize(x, candidates)
+        zero = start.zero_point.clamp_max(self.qmax - 1)  # all negative: still a clip above 0
+        self.zero_point.copy_(zero)
+        self.alpha.copy_(start.step * (self.qmax - zero))
+
+
+class TanhQuantizer(nn.Module):
+    """PACT's weights are those of DoReFa (Zhou et al. 2016); nothing is learned but w:
+
+        w_hat = m (2 n / (2^q - 1) - 1),   n = round((2^q - 1) (tanh w / (2 max|tanh w|) + 1/2))
+
+    per output channel [choice]. m is max|w|, constant in the gradient [choice]: theirs is 1, which
+    suits training from scratch, but takes a pretrained layer without batch norm out of its scale.
+    One bit: m = mean|w|, theirs.
+    """
+
+    def __init__(self, bits: int, channels: int):
+        super().__init__()
+        self.bits, self.channels, self.qmin, self.qmax = bits, channels, 0, 2**bits - 1
+
+    def grid(self, w: Tensor) -> tuple[Tensor, Tensor]:
+        size = w.detach().flatten(1).abs()
+        m = size.mean(1) if self.bits == 1 else size.amax(1)
+        m = m.clamp_min(TINY).reshape([-1] + [1] * (w.dim() - 1))
+        return 2 / self.qmax * m, torch.full_like(m, self.qmax / 2)
+
+    def integers(self, w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        most = w.detach().flatten(1).abs().amax(1).clamp_min(TINY)
+        unit = w.tanh() / most.tanh().reshape([-1] + [1] * (w.dim() - 1))  # max|tanh| = tanh max
+        level = self.qmax * (unit / 2 + 0.5)
+        return level + (level.round() - level).detach(), *self.grid(w)
+
+    def forward(self, w: Tensor) -> Tensor:
+        n, scale, zero = self.integers(w)
+        return (n - zero) * scale
+
+    def initialize(self, w: Tensor, candidates: int = 100) -> None:
+        """Nothing to take from data."""
+
+
+def make_quantizer(method: str, bits: int, channels: int | None = None) -> nn.Module:
+    """Of a weight of `channels` output channels, or of an activation; method: one of QUANTIZERS."""
+    if method not in QUANTIZERS:
+        raise ValueError(f"method should be one of {', '.join(QUANTIZERS)}, not {method!r}")
+    if method == "pact":
+        return TanhQuantizer(bits, channels) if channels else ClipQuantizer(bits)
+    if method == "lsq+" and not (channels and bits == 1):  # signed, one bit would be -s and 0
+        return OffsetQuantizer(bits, channels)
+    return Quantizer(bits, channels=channels)
+
+
 class QuantConv2d(nn.Module):
     """Convolution with quantized input and weight; takes over the parameters of `conv`."""
 
-    def __init__(self, conv: nn.Conv2d, wbits: int, abits: int):
+    def __init__(self, conv: nn.Conv2d, wbits: int, abits: int, method: str = "lsq"):
         super().__init__()
         if conv.padding_mode != "zeros":
             raise ValueError(f"padding_mode should be 'zeros', not {conv.padding_mode!r}")
         self.weight, self.bias = conv.weight, conv.bias
         self.geometry = conv.stride, conv.padding, conv.dilation, conv.groups
-        self.input_quantizer = Quantizer(abits)
-        self.weight_quantizer = Quantizer(wbits, channels=conv.out_channels)
+        self.input_quantizer = make_quantizer(method, abits)
+        self.weight_quantizer = make_quantizer(method, wbits, conv.out_channels)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.conv2d(self.input_quantizer(x), self.weight_quantizer(self.weight), self.bias,
@@ -954,11 +1151,11 @@ class QuantConv2d(nn.Module):
 class QuantLinear(nn.Module):
     """Linear layer with quantized input and weight; takes over the parameters of `linear`."""
 
-    def __init__(self, linear: nn.Linear, wbits: int, abits: int):
+    def __init__(self, linear: nn.Linear, wbits: int, abits: int, method: str = "lsq"):
         super().__init__()
         self.weight, self.bias = linear.weight, linear.bias
-        self.input_quantizer = Quantizer(abits)
-        self.weight_quantizer = Quantizer(wbits, channels=linear.out_features)
+        self.input_quantizer = make_quantizer(method, abits)
+        self.weight_quantizer = make_quantizer(method, wbits, linear.out_features)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(self.input_quantizer(x), self.weight_quantizer(self.weight), self.bias)
@@ -967,9 +1164,9 @@ class QuantLinear(nn.Module):
 class QuantProduct(nn.Module):
     """`Product` of two quantized features."""
 
-    def __init__(self, abits: int):
+    def __init__(self, abits: int, method: str = "lsq"):
         super().__init__()
-        self.a_quantizer, self.b_quantizer = Quantizer(abits), Quantizer(abits)
+        self.a_quantizer, self.b_quantizer = (make_quantizer(method, abits) for _ in "ab")
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
         return self.a_quantizer(a) @ self.b_quantizer(b)
@@ -981,23 +1178,48 @@ def product_layers(model: nn.Module) -> dict[str, nn.Module]:
     return {name: m for name, m in model.named_modules() if isinstance(m, kinds)}
 
 
-def quantize(model: nn.Module, wbits: int, abits: int, method: str = "lsq") -> nn.Module:
+@torch.no_grad()
+def layers_on_the_way(model: nn.Module, example: Tensor | None = None) -> list[str]:
+    """Names of the Conv2d and Linear layers in the order in which `example`, by default a black
+    1 x 3 x 32 x 32 image, comes to them. Layers that it does not come to are not among them."""
+    probe, order = copy.deepcopy(model).eval(), []
+    for name, layer in product_layers(probe).items():
+        layer.register_forward_pre_hook(lambda layer, inputs, name=name: order.append(name))
+    if example is None:
+        like = next(probe.parameters())
+        example = torch.zeros(1, 3, 32, 32, device=like.device, dtype=like.dtype)
+    try:
+        probe(example)
+    except RuntimeError as error:
+        raise ValueError(f"the model cannot take {tuple(example.shape)} ({error}); give `example`, "
+                         "an input that shows the way through its layers") from None
+    return list(dict.fromkeys(order))
+
+
+def quantize(model: nn.Module, wbits: int, abits: int, method: str = "lsq",
+             example: Tensor | None = None) -> nn.Module:
     """A copy of `model` in which every Conv2d and Linear quantizes input and weight, the first and
-    the last at 8 bits, and every Product its two operands. Its steps exist, for an optimizer to
-    hold, but are NaN until `calibrate`."""
-    if method != "lsq":
-        raise ValueError(f"method should be 'lsq', not {method!r}")
-    model = copy.deepcopy(model)
-    layers = product_layers(model)
-    for name, layer in layers.items():
-        ends = name in (next(iter(layers)), next(reversed(layers)))
-        kind = QuantConv2d if isinstance(layer, nn.Conv2d) else QuantLinear
-        quantized = kind(layer, *(8, 8) if ends else (wbits, abits)).to(layer.weight.device)
-        model.set_submodule(name, quantized)
-    for name, product in list(model.named_modules()):
-        if isinstance(product, Product):
-            device = next(model.parameters()).device
-            model.set_submodule(name, QuantProduct(abits).to(device))
+    the last on the way of `example` at 8 bits, and every Product its two operands. method: one of
+    QUANTIZERS. Steps exist, for an optimizer to hold, but are NaN until `calibrate`. Warns of
+    layers with weights that stay in full precision: of other kinds, or not come to."""
+    model, order = copy.deepcopy(model), layers_on_the_way(model, example)
+    modules = {name: m for name, m in model.named_modules()}
+    new = {}
+    for name, module in modules.items():
+        if isinstance(module, Product):
+            new[module] = QuantProduct(abits, method).to(next(model.parameters()).device)
+        elif name in order and type(module).forward in (nn.Conv2d.forward, nn.Linear.forward):
+            ends = name in (order[0], order[-1])
+            kind = QuantConv2d if isinstance(module, nn.Conv2d) else QuantLinear
+            new[module] = kind(module, *(8, 8) if ends else (wbits, abits), method).to(
+                module.weight.device)
+    left = [f"{name} ({type(m).__name__})" for name, m in modules.items() if m not in new and any(
+        "weight" in n and p.dim() > 1 for n, p in m.named_parameters(recurse=False))]
+    if left:
+        warnings.warn(f"left in full precision: {', '.join(left)}", stacklevel=2)
+    for name, module in list(model.named_modules(remove_duplicate=False)):  # one may have two names
+        if module in new:
+            model.set_submodule(name, new[module])
     return model
 
 
@@ -1007,7 +1229,7 @@ def calibrate(qmodel: nn.Module, images: Tensor, candidates: int = 100) -> None:
     each layer seeing its input as the quantized layers before it make it. `candidates`: 1 takes
     the range of the data, more search for the one of least error (see `Quantizer.initialize`)."""
     hooks = [m.register_forward_pre_hook(lambda q, inputs: q.initialize(inputs[0], candidates))
-             for m in qmodel.modules() if isinstance(m, Quantizer)]
+             for m in qmodel.modules() if hasattr(m, "initialize")]
     training = qmodel.training
     qmodel.eval()(images)
     qmodel.train(training)
@@ -1021,12 +1243,10 @@ def export_int(qmodel: nn.Module) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
     what the network multiplies by. Scale and zero point broadcast against the weight."""
     integers = {}
     for name, layer in product_layers(qmodel).items():
-        q = layer.weight_quantizer
-        scale, zero = q.grid(layer.weight)
-        half = 0.5 * q.centred  # a centred grid lies half a step higher
-        weight = (layer.weight / scale - half).round().add(zero).clamp(q.qmin, q.qmax)
-        shift = 0 if q.symmetric else 2 ** (q.bits - 1)  # int8 holds [-128, 127], not [0, 255]
-        integers[name] = (weight - shift).to(torch.int8), scale, zero - half - shift
+        if isinstance(layer, (QuantConv2d, QuantLinear)):
+            n, scale, zero = layer.weight_quantizer.integers(layer.weight)
+            shift = 0 if layer.weight_quantizer.qmin < 0 else 2 ** (layer.weight_quantizer.bits - 1)
+            integers[name] = (n - shift).to(torch.int8), scale, zero - shift  # -128 to 127
     return integers
 
 

@@ -35,7 +35,7 @@ import common
 import numpy as np
 import torch
 import torch.nn.functional as F
-from common import Data, QuantConv2d, Quantizer, Run, product_layers
+from common import Data, QuantConv2d, Run, make_quantizer, product_layers
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, update_bn
 
@@ -86,7 +86,7 @@ def parse_args() -> argparse.Namespace:
 # ---------------------------------------------------------------------------- measuring the errors
 
 
-def quantization_error(t: Tensor, quantizer: Quantizer, candidates: int = 100) -> Tensor:
+def quantization_error(t: Tensor, quantizer: nn.Module, candidates: int = 100) -> Tensor:
     """t_hat - t of a tensor, after `quantizer` has taken its step from it."""
     quantizer = quantizer.to(t.device)
     quantizer.initialize(t, candidates)
@@ -174,8 +174,9 @@ class DifferentialWeightNoise(nn.Module):
     """
 
     def __init__(self, model: nn.Module, bits: int, additive: bool = False,
-                 isotropic: bool = False):
+                 isotropic: bool = False, quantizer: str = "lsq"):
         super().__init__()
+        self.quantizer = quantizer
         self.weights = [layer.weight for layer in product_layers(model).values()]
         self.bits, self.additive, self.isotropic = layer_bits(model, bits), additive, isotropic
         for i, w in enumerate(self.weights):  # buffers, so that a checkpoint has them
@@ -185,7 +186,7 @@ class DifferentialWeightNoise(nn.Module):
     @torch.no_grad()
     def measure(self) -> None:
         """Once per epoch: quantize, take mean and variance of the error, average over epochs."""
-        errors = [quantization_error(w, Quantizer(bits, channels=len(w))).flatten(1)
+        errors = [quantization_error(w, make_quantizer(self.quantizer, bits, len(w))).flatten(1)
                   for w, bits in zip(self.weights, self.bits)]
         if self.isotropic:  # of the mean square, so that the sum over all weights stays
             square = sum(e.square().sum() for e in errors) / sum(e.numel() for e in errors)
@@ -224,9 +225,10 @@ class ActivationNoise(nn.Module):
     At every layer's input, in training and while `strength` (lambda) is above 0 only.
     """
 
-    def __init__(self, model: nn.Module, bits: int, rho: float):
+    def __init__(self, model: nn.Module, bits: int, rho: float, quantizer: str = "lsq"):
         super().__init__()
         self.bits, self.rho, self.strength = layer_bits(model, bits), rho, 0.0
+        self.quantizer = quantizer
         layers = product_layers(model).values()
         device = next(model.parameters()).device
         self.register_buffer("mean", torch.full((len(layers),), torch.nan, device=device))
@@ -238,16 +240,23 @@ class ActivationNoise(nn.Module):
     def perturb(self, x: Tensor, i: int) -> Tensor:
         if self.strength == 0:
             return x
-        noise = torch.randn_like(x).mul_(self.var[i].sqrt()).add_(self.mean[i])
+        noise = gaussian_like(x).mul_(self.var[i].sqrt()).add_(self.mean[i])
         return x + noise.mul_(torch.rand_like(x) < self.rho).mul_(self.strength)
 
     @torch.no_grad()
     def measure(self, model: nn.Module, images: Tensor) -> None:
         """Once per epoch, on calibration images: mean and variance, averaged over epochs."""
-        errors = [quantization_error(x, Quantizer(bits))
+        errors = [quantization_error(x, make_quantizer(self.quantizer, bits))
                   for x, bits in zip(layer_inputs(model, images), self.bits)]
         smooth(self.mean, torch.stack([e.mean() for e in errors]))
         smooth(self.var, torch.stack([e.var(correction=0) for e in errors]))
+
+
+def gaussian_like(x: Tensor) -> Tensor:
+    """torch.randn_like(x), drawn in memory order: on the CPU eight times as fast for images."""
+    noise = torch.empty_like(x)
+    (noise if noise.is_contiguous() else noise.movedim(1, -1)).normal_()
+    return noise
 
 
 def smooth(average: Tensor, new: Tensor) -> None:
@@ -302,10 +311,11 @@ def train(args: argparse.Namespace, data: Data, method: str,
     if set(parts) & {"weight", "additive", "isotropic", "wrong-bits"} and args.noise_lambda:
         bits = args.noise_bits if "wrong-bits" in parts else args.wbits
         weight_noise = DifferentialWeightNoise(model, bits, additive="additive" in parts,
-                                               isotropic="isotropic" in parts)
+                                               isotropic="isotropic" in parts,
+                                               quantizer=args.quantizer)
         extras["weight_noise"] = weight_noise
     if "activation" in parts and args.noise_lambda:
-        activation_noise = ActivationNoise(model, args.abits, args.rho)
+        activation_noise = ActivationNoise(model, args.abits, args.rho, args.quantizer)
         extras["activation_noise"] = activation_noise
     run = Run(args, data, model, optimizer, method, seed, args.fp_epochs, lr, common.FP_WARMUP,
               extras={"average": average} | extras)
@@ -349,7 +359,7 @@ def ptq(args: argparse.Namespace, data: Data, network: nn.Module, wbits: int,
         abits: int) -> nn.Module:
     """Post-training quantization: weights rounded to nearest, per channel; inputs per tensor, from
     100 training images; first and last layer at 8 bits."""
-    quantized = common.quantize(network, wbits, abits)
+    quantized = common.quantize(network, wbits, abits, args.quantizer)
     common.calibrate(quantized, data.sample(100)[0], 1 if args.ptq == "minmax" else 100)
     return quantized.eval()
 

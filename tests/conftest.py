@@ -13,6 +13,22 @@ sys.path.insert(0, str(ROOT))
 import common  # noqa: E402
 
 
+LONG = {"matrix": "every script, network, quantizer and bits: half an hour"}
+
+
+def pytest_configure(config):
+    for name, what in LONG.items():
+        config.addinivalue_line("markers", f"{name}: {what}; asked for by -m {name}")
+
+
+def pytest_collection_modifyitems(config, items):
+    """What takes long is run only where -m asks for it."""
+    if not config.option.markexpr:
+        keep = [item for item in items if not any(map(item.get_closest_marker, LONG))]
+        config.hook.pytest_deselected(items=[item for item in items if item not in keep])
+        items[:] = keep
+
+
 @pytest.fixture
 def run_script(tmp_path):
     """run_script("fpq.py", "--bits", "2", ...) -> CompletedProcess; results in tmp_path/out."""
