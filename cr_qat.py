@@ -39,7 +39,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 
 PAPER = {"model": "resnet18", "dataset": "cifar10", "batch_size": 256, "lr": 0.01, "epochs": 200,
          "weight_decay": 5e-4,  # so far the authors' protocol in their FPQ paper; what follows is
-         "lambda_max": 1.0, "ema": 0.999, "ramp_epochs": 5.0}  # a choice, after the mean teacher
+         "lambda_max": 1.0, "ema": 0.999, "ramp_epochs": 5.0,  # a choice, after the mean teacher
+         "fp_epochs": 200}
 
 # Who gives the second view's answer: nobody, its label, the student's own weights (the Pi-model),
 # the full-precision network, or the student's moving average. LSQ is CR with lambda 0.

@@ -39,7 +39,8 @@ from common import Data, Run, calibrate, full_precision, product_layers, quantiz
 from torch import Tensor, nn
 
 PAPER = {"model": "resnet18", "dataset": "cifar10", "batch_size": 256, "lr": 0.01, "epochs": 200,
-         "weight_decay": 5e-4}  # the authors' protocol in their FPQ paper; the rest are choices
+         "weight_decay": 5e-4,  # the authors' protocol in their FPQ paper; the rest are choices
+         "fp_epochs": 200}
 
 # The gates of the mixture (None: no coding length), and whether --branch is exchanged.
 METHODS = {"lsq": (None, False), "mec": ("one", False), "mec-quant": ("scale", False),
