@@ -210,12 +210,17 @@ class Run:
             digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode()).hexdigest()
             name = f"{method}-{args.model}-{data.name}-{digest[:8]}"
         self.path = args.out / f"{name}.pt"
+        if args.resume:
+            for stale in args.out.glob(f"{name}.*.part"):  # of a run killed while it wrote
+                stale.unlink(missing_ok=True)
         if (args.resume or header) and self.path.exists():
             self.load()
 
     def load(self) -> None:
         try:
-            state = torch.load(self.path, map_location="cpu", weights_only=True)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # about foreign files: the one line below is enough
+                state = torch.load(self.path, map_location="cpu", weights_only=True)
             found = state["header"]
         except Exception as error:  # torch.load raises half a dozen kinds for a damaged file
             raise UsageError(f"{self.path} is damaged or none of ours ({type(error).__name__}); "
@@ -244,14 +249,18 @@ class Run:
         for epoch in range(len(self.history), self.total):
             torch.manual_seed(2**40 + self.stream + epoch)  # not what the batches are drawn from
             self.epoch, self.sums, self.steps, self.notes = epoch, {}, 0, {}
+            self.finite, self.good = torch.tensor(True), 0  # steps until a loss was not finite
             self.model.train()
             yield epoch
             acc, loss = evaluate(self.model, self.data)
             if not all(map(math.isfinite, (loss, *self.means.values()))):
                 flag = "--batch-size, which its rate grows with" if self.method == "fp" else "--lr"
+                step = min(int(self.good), self.steps - 1)
+                rate = cosine_lr(epoch * self.steps + step, self.total * self.steps, self.peak,
+                                 self.warmup)
                 raise FloatingPointError(
-                    f"{self.method}: the loss is not finite in epoch {epoch + 1}, learning rate "
-                    f"{self.optimizer.param_groups[0]['lr']:.3g}; try a smaller {flag}. The "
+                    f"{self.method}: the loss is not finite from step {step + 1} of epoch "
+                    f"{epoch + 1} on, learning rate {rate:.3g}; try a smaller {flag}. The "
                     "checkpoint of the epoch before is kept")
             self.history.append({"epoch": epoch + 1, **self.means, "test_loss": loss,
                                  "test_acc": acc, "seconds": self.seconds, **self.notes})
@@ -272,6 +281,7 @@ class Run:
                                         self.warmup)
             self.steps = i + 1
             yield batch
+            self.good = self.good + self.finite
         # Here the device is waited for, once per epoch.
         self.means = {k: v.item() / self.steps for k, v in self.sums.items()}
         self.seconds = time.perf_counter() - started
@@ -279,6 +289,7 @@ class Run:
     def log(self, **losses: Tensor) -> None:
         for name, value in losses.items():
             self.sums[name] = self.sums.get(name, 0) + value.detach()
+            self.finite = self.finite & value.detach().isfinite()
 
     def note(self, **numbers: float | tuple[float, ...]) -> None:
         """Keep numbers of this epoch in the history, so that they survive a resume."""
@@ -310,7 +321,10 @@ def record(out: Path, result: dict) -> dict:
     with open(out / "results.jsonl", "a+b", buffering=0) as file:
         file.seek(0)
         if line not in file.read():  # a kill after the last checkpoint may have come before this
-            file.write(line)  # appended whole: two processes do not mix
+            written = file.write(line)  # appended whole: two processes do not mix
+            if written < len(line):
+                file.truncate(file.seek(0, os.SEEK_END) - written)
+                raise OSError(f"{out / 'results.jsonl'} cannot be written: the disk is full")
     return result
 
 
@@ -394,7 +408,8 @@ class Data:
         if labelled.all():
             return torch.randperm(n, generator=draws)
         batch_size = min(batch_size, n)
-        shares = batch_size // 4, batch_size - batch_size // 4
+        few = max(1, batch_size // 4)
+        shares = few, batch_size - few
         columns = []
         for of, share in zip((labelled, ~labelled), shares):
             of, count = of.nonzero().flatten(), self.steps(batch_size) * share
@@ -536,6 +551,17 @@ def read_torchvision(name: str, data_dir: Path) -> tuple:
     return *out, len(parts[0].classes)
 
 
+def read_image(path: str) -> np.ndarray:
+    """Any image as uint8 32 x 32 x 3; 16 bits of grey are scaled, where PIL alone would cut."""
+    from PIL import Image  # what torchvision reads images with
+
+    with Image.open(path) as image:
+        if image.mode.startswith("I;16"):
+            image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
+        image = image.convert("RGB")
+        return np.asarray(image if image.size == (32, 32) else image.resize((32, 32)))
+
+
 def read_folder(data_dir: Path) -> tuple:
     """DIR/train/<class>/* and DIR/test/<class>/*: any image format, resized to 32 x 32."""
     datasets, out, classes = import_torchvision().datasets, [], []
@@ -548,8 +574,7 @@ def read_folder(data_dir: Path) -> tuple:
         images = np.empty((len(folder), 32, 32, 3), np.uint8)
         for i, (path, _) in enumerate(folder.samples):
             try:
-                image = folder.loader(path)
-                images[i] = image if image.size == (32, 32) else image.resize((32, 32))
+                images[i] = read_image(path)
             except Exception as error:  # PIL raises many kinds for a damaged image
                 raise UsageError(f"{path} cannot be read as an image: {error}") from None
         classes.append(folder.classes)

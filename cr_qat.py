@@ -157,7 +157,7 @@ def train(args: argparse.Namespace, data: Data, method: str, seed: int, network:
         for i, (*views, labels) in enumerate(run.batches(kinds)):
             views = [distort(view, kind) for view, kind in zip(views, kinds)]
             if args.labels and not consistent:  # without the term unlabelled images teach nothing
-                labelled = len(labels) // 4  # they come first
+                labelled = max(1, len(labels) // 4)  # they come first
                 views, labels = [v[:labelled] for v in views], labels[:labelled]
             if by == "label":
                 logits, labels = student(torch.cat(views)), labels.repeat(2)

@@ -13,7 +13,8 @@ sys.path.insert(0, str(ROOT))
 import common  # noqa: E402
 
 
-LONG = {"matrix": "every script, network, quantizer and bits: half an hour"}
+LONG = {"matrix": "every script, network, quantizer and bits: an hour",
+        "kills": "a hundred kills at random moments: ten minutes"}
 
 
 def pytest_configure(config):
