@@ -44,7 +44,7 @@ def test_consistency_sends_its_gradient_into_the_student_only():
 def test_ramp_up_from_a_hundredth_to_one():
     for t, value in ((0, math.exp(-5)), (2, math.exp(-1.25)), (4, 1), (9, 1)):
         assert cr_qat.ramp_up(t, 4) == pytest.approx(value)
-    assert cr_qat.ramp_up(0, 0) == 1
+    assert cr_qat.ramp_up(0, 0) == 1 and cr_qat.ramp_up(0, 0.5) == pytest.approx(math.exp(-5))
 
 
 def randomise(model):
@@ -193,36 +193,6 @@ def test_lambda_zero_is_lsq_bit_for_bit_and_every_method_differs(parse, tiny_dat
     weights = [r["fc.weight"] for r in results.values()]
     assert all(not torch.equal(a, b) for i, a in enumerate(weights) for b in weights[:i])
     assert all(torch.equal(v, before[k]) for k, v in network.state_dict().items())
-
-
-def test_resume_restores_the_average(monkeypatch, capsys, tmp_path):
-    flags = ["--dataset", "shapes", "--train-size", "100", "--fp-epochs", "1", "--epochs", "2",
-             "--batch-size", "25", "--method", "cr", "--augment", "crop+flip+noise", "--out"]
-
-    def run(out, *more):
-        monkeypatch.setattr(sys, "argv", ["cr_qat.py", *flags, str(out), *more])
-        try:
-            common.entry(cr_qat.main)
-        except SystemExit as stop:
-            return stop.code
-        finally:
-            capsys.readouterr()
-
-    run(tmp_path / "whole")
-    save = common.Run.save
-    with monkeypatch.context() as patch:
-        def save_once(run):
-            save(run)
-            if run.method == "cr":
-                raise KeyboardInterrupt
-        patch.setattr(common.Run, "save", save_once)
-        assert run(tmp_path / "cut") == 130
-    assert run(tmp_path / "cut", "--resume") is None
-    whole, cut = (torch.load(next((tmp_path / d).glob("cr_qat-cr-*.pt")), weights_only=True)
-                  for d in ("whole", "cut"))
-    assert whole["average"]["n_averaged"] == 8
-    for part in ("model", "average"):
-        assert all(torch.equal(v, cut[part][k]) for k, v in whole[part].items())
 
 
 def test_weight_bins_and_entropy(calibrated):

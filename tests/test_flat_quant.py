@@ -248,38 +248,6 @@ def test_average_of_the_last_half_with_batch_norm_estimated_anew(monkeypatch, pa
     assert both["sgd+swa"][1]["test_acc"] == common.evaluate(average, tiny_data)[0]
 
 
-def test_resume_restores_averages_and_noise(monkeypatch, capsys, tmp_path):
-    flags = ["--dataset", "shapes", "--train-size", "60", "--fp-epochs", "3", "--batch-size", "30",
-             "--method", "weight+activation", "--ramp-epochs", "1", "--out"]
-
-    def run(out, *more):
-        monkeypatch.setattr(sys, "argv", ["flat_quant.py", *flags, str(out), *more])
-        try:
-            common.entry(flat_quant.main)
-        except SystemExit as stop:
-            return stop.code
-
-    run(tmp_path / "whole")
-    save, count = common.Run.save, []
-    with monkeypatch.context() as patch:
-        def save_twice(run):
-            save(run)
-            count.append(run)
-            if len(count) == 2:
-                raise KeyboardInterrupt
-        patch.setattr(common.Run, "save", save_twice)
-        assert run(tmp_path / "cut") == 130
-    assert run(tmp_path / "cut", "--resume") is None
-    whole, cut = (torch.load(next((tmp_path / d).glob("flat_quant-*.pt")), weights_only=True)
-                  for d in ("whole", "cut"))
-    for part in ("model", "average", "weight_noise", "activation_noise"):
-        assert all(torch.equal(v, cut[part][k]) for k, v in whole[part].items()), part
-    lines = [[json.loads(x) for x in (tmp_path / d / "results.jsonl").read_text().splitlines()]
-             for d in ("whole", "cut")]
-    assert [x["test_loss"] for x in lines[0]] == [x["test_loss"] for x in lines[1]]
-    assert len(lines[0]) == 2 * (1 + 5)
-
-
 def test_loss_under_noise_and_rank_correlation(network, tiny_data):
     network.eval()
     before = copy.deepcopy(network.state_dict())
@@ -327,6 +295,8 @@ def test_vit_shapes_and_that_every_product_is_quantized(tiny_data):
 def run_main(monkeypatch, tmp_path, script, *flags):
     monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", "--dry-run", "--dataset", "shapes",
                                       "--out", str(tmp_path), *flags])
+    monkeypatch.setattr(flat_quant, "PROBES", 2)
+    monkeypatch.setattr(flat_quant, "ITERATIONS", 2)
     common.entry(script.main)
     written = (tmp_path / "dry-run/results.jsonl").read_text().splitlines()
     return [json.loads(line) for line in written]

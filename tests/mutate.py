@@ -1,0 +1,169 @@
+"""Does the suite prove itself? Breaks one line at a time and looks whether a test fails:
+
+    python tests/mutate.py                         every mutant of every equation, some hours
+    python tests/mutate.py --sample 40 --seed 1    that many, drawn at random
+    python tests/mutate.py --only fpq.csd_loss     those of one function
+
+A mutant swaps + and -, * and /, < and > and their like, drops a sign, doubles a constant (or makes
+0 a 1), exchanges min and max or clamp_min and clamp_max, or negates a condition, in one place of a
+function that holds an equation. It works on a copy in a temporary directory. Survivors are listed.
+"""
+
+import argparse
+import ast
+import copy
+import os
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy  # noqa: F401  (with torch and torchvision: imported once, for all children)
+import pytest
+import torch  # noqa: F401
+import torch.optim.swa_utils  # noqa: F401
+
+ROOT = Path(__file__).resolve().parent.parent
+EQUATIONS = [  # file, functions and methods, tests that guard them
+    ("common", ["FakeQuantize.forward", "FakeQuantize.backward", "fake_quantize", "scale_gradient",
+                "straight_through", "Quantizer.grid", "Quantizer.forward", "Quantizer.initialize",
+                "Quantizer.integers"], ["test_quantizers.py", "test_architectures.py"]),
+    ("common", ["OffsetQuantizer.grid", "OffsetQuantizer.forward", "OffsetQuantizer.initialize",
+                "ClipQuantizer.step", "ClipQuantizer.forward", "ClipQuantizer.initialize",
+                "TanhQuantizer.grid", "TanhQuantizer.integers", "TanhQuantizer.forward"],
+     ["test_architectures.py"]),
+    ("common", ["cosine_lr", "hessian_trace", "hessian_top_eigenvalue", "balanced_subset"],
+     ["test_common.py"]),
+    ("fpq", ["stochastic_feature_perturbation", "standardize", "channel_mean",
+             "ChannelDistance.forward", "ChannelDistance.backward", "csd_loss", "kd_loss"],
+     ["test_fpq.py"]),
+    ("cr_qat", ["consistency_loss", "ramp_up", "ema_update", "distort", "weight_entropy"],
+     ["test_cr_qat.py"]),
+    ("mec_quant", ["normalized_rows", "series_logdet", "coding_length", "series_converges",
+                   "moe_coding_length", "scale_gates", "longest_code"], ["test_mec_quant.py"]),
+    ("flat_quant", ["quantization_error", "error_decomposition", "excess_kurtosis",
+                    "DifferentialWeightNoise.measure", "DifferentialWeightNoise.injected",
+                    "ActivationNoise.perturb", "ActivationNoise.measure", "smooth", "SAM.ascended",
+                    "loss_under_noise", "rank_correlation"], ["test_flat_quant.py"])]
+SKIP = " and ".join(f"not {word}" for word in (
+    "user", "vit", "matrix", "one_batch", "compile", "ctrl_c", "torchvision", "macs",
+    "pixels"))  # slow, and about other things
+OPERATORS = {ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult,
+             ast.Pow: ast.Mult, ast.MatMult: ast.Add, ast.FloorDiv: ast.Mult, ast.Mod: ast.Mult,
+             ast.Lt: ast.GtE, ast.GtE: ast.Lt, ast.Gt: ast.LtE, ast.LtE: ast.Gt, ast.Eq: ast.NotEq,
+             ast.NotEq: ast.Eq, ast.Is: ast.IsNot, ast.IsNot: ast.Is, ast.And: ast.Or,
+             ast.Or: ast.And}
+NAMES = {"min": "max", "max": "min", "clamp_min": "clamp_max", "clamp_max": "clamp_min",
+         "amin": "amax", "amax": "amin", "argmin": "argmax", "add": "sub", "sub": "add",
+         "add_": "sub_", "sub_": "add_", "mul_": "div_", "div_": "mul_", "sum": "mean",
+         "mean": "sum", "std": "var", "var": "std", "sqrt": "square", "rsqrt": "sqrt",
+         "maximum": "minimum", "minimum": "maximum"}
+
+
+def functions(tree: ast.Module) -> dict[str, ast.FunctionDef]:
+    found = {}
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef):
+            found[node.name] = node
+        elif isinstance(node, ast.ClassDef):
+            found |= {f"{node.name}.{n.name}": n for n in node.body
+                      if isinstance(n, ast.FunctionDef)}
+    return found
+
+
+def changes(node: ast.AST) -> list:
+    """What can be done to this node, as (description, function that does it in place)."""
+    out = []
+    if isinstance(node, (ast.BinOp, ast.BoolOp)) and type(node.op) in OPERATORS:
+        new = OPERATORS[type(node.op)]
+        out.append((f"{type(node.op).__name__} -> {new.__name__}",
+                    lambda n: setattr(n, "op", new())))
+    if isinstance(node, ast.Compare) and type(node.ops[0]) in OPERATORS:
+        other = OPERATORS[type(node.ops[0])]
+        out.append((f"{type(node.ops[0]).__name__} -> {other.__name__}",
+                    lambda n: n.ops.__setitem__(0, other())))
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
+        out.append(("- dropped", lambda n: setattr(n, "op", ast.UAdd())))
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not):
+        out.append(("not dropped", lambda n: setattr(n, "op", ast.UAdd())))
+    if isinstance(node, ast.Constant) and type(node.value) in (int, float):
+        value = node.value * 2 or 1
+        out.append((f"{node.value} -> {value}", lambda n: setattr(n, "value", value)))
+    if isinstance(node, ast.Attribute) and node.attr in NAMES:
+        out.append((f"{node.attr} -> {NAMES[node.attr]}",
+                    lambda n: setattr(n, "attr", NAMES[n.attr])))
+    if isinstance(node, ast.Name) and node.id in ("min", "max"):
+        out.append((f"{node.id} -> {NAMES[node.id]}", lambda n: setattr(n, "id", NAMES[n.id])))
+    return out
+
+
+def mutants(file: str, names: list[str]) -> list[tuple[str, int, int, str, int]]:
+    """(function, line, index of the node in a walk, description, index of the change)."""
+    found = functions(ast.parse((ROOT / f"{file}.py").read_text()))
+    return [(name, node.lineno, i, what, j) for name in names
+            for i, node in enumerate(ast.walk(found[name]))
+            for j, (what, _) in enumerate(changes(node))]
+
+
+def broken(file: str, name: str, index: int, change: int) -> str:
+    tree = ast.parse((ROOT / f"{file}.py").read_text())
+    node = list(ast.walk(functions(tree)[name]))[index]
+    changes(copy.copy(node))[change][1](node)
+    return ast.unparse(ast.fix_missing_locations(tree))
+
+
+def caught(directory: Path, file: str, source: str, tests: list[str], seconds: int = 300) -> bool:
+    """Whether a test fails. The child is forked, as importing torch takes longer than most tests."""
+    (directory / f"{file}.py").write_text(source)
+    child = os.fork()
+    if child == 0:
+        sys.dont_write_bytecode = True  # a mutant of the same second and size would be taken for it
+        os.chdir(directory)
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, 1), os.dup2(null, 2)
+        os._exit(pytest.main(["-q", "-x", "-p", "no:cacheprovider", "-k", SKIP,
+                              *(f"tests/{t}" for t in tests)]) != 0)
+    for _ in range(20 * seconds):
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            return status != 0
+        time.sleep(0.05)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    return True  # a mutant that never ends does not pass
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sample", type=int, help="so many of them, at random")
+    parser.add_argument("--seed", type=int, default=0, help="of the sample")
+    parser.add_argument("--only", default="", help="file, or file.function")
+    args = parser.parse_args()
+    work = [(file, *m, tests) for file, names, tests in EQUATIONS for m in mutants(file, names)
+            if f"{file}.{m[0]}".startswith(args.only)]
+    total = len(work)
+    if args.sample:
+        work = sorted(random.Random(args.seed).sample(work, min(args.sample, total)))
+    killed, survivors = 0, []
+    with tempfile.TemporaryDirectory() as place:
+        copied = Path(place) / "copy"
+        shutil.copytree(ROOT, copied, ignore=shutil.ignore_patterns(
+            ".*", "runs", "data", "__pycache__"))
+        for file, name, line, index, what, change, tests in work:
+            original = (ROOT / f"{file}.py").read_text()
+            dead = caught(copied, file, broken(file, name, index, change), tests)
+            (copied / f"{file}.py").write_text(original)
+            killed += dead
+            if not dead:
+                survivors.append(f"{file}.py:{line} {name}: {what}")
+            print(f"{'caught  ' if dead else 'SURVIVED'} {file}.py:{line} {name}: {what}",
+                  flush=True)
+    print(f"\n{killed} of {len(work)} mutants caught (of {total} there are)", *survivors, sep="\n")
+
+
+if __name__ == "__main__":
+    main()
