@@ -1065,9 +1065,9 @@ class OffsetQuantizer(nn.Module):
         self.step.copy_(step)
         self.offset.copy_(beta)
 
-    def integers(self, w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        step, zero = self.grid(w)
-        return (w / step).round().clamp(self.qmin, self.qmax), step, zero
+    def integers(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        step, zero = self.grid(x)
+        return (x / step + zero).round().clamp(self.qmin, self.qmax), step, zero
 
 
 class ClipQuantizer(nn.Module):

@@ -38,6 +38,9 @@ def test_lsq_plus_value_and_gradients_match_the_closed_form():
     by_step = (g * np.where(inside, n - v, n)).sum() * scale
     assert q.step.grad.item() == pytest.approx(by_step)
     assert q.offset.grad.item() == pytest.approx((g * ~inside).sum() * scale)
+    integers, step, zero = q.integers(x)
+    np.testing.assert_array_equal(integers.detach().numpy(), n)
+    torch.testing.assert_close((integers - zero) * step, out)
 
 
 def test_lsq_plus_starts_at_three_deviations_and_at_the_least_error():
