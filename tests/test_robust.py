@@ -303,6 +303,19 @@ def test_extremes_that_are_allowed_run(script, flags, folder, tmp_path, monkeypa
     assert code == 0, err
 
 
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_equal_black_images_run(script, folder, tmp_path, monkeypatch, capsys):
+    root = tmp_path / "images"
+    shutil.copytree(folder, root)
+    for file in root.rglob("*.png"):
+        Image.new("RGB", (32, 32)).save(file)
+    code, err = start(script, monkeypatch, capsys, *SHORT, "--dry-run", "--data-dir", str(root),
+                      "--out", str(tmp_path / "out"))
+    assert code == 0, err
+    for line in (tmp_path / "out/dry-run/results.jsonl").read_text().splitlines():
+        assert np.isfinite(json.loads(line)["test_loss"])
+
+
 def test_a_learning_rate_that_blows_up_stops_with_exit_code_3(
         folder, tmp_path, monkeypatch, capsys):
     code, err = start("fpq", monkeypatch, capsys, *SHORT, "--data-dir", str(folder), "--out",
