@@ -11,6 +11,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import common  # noqa: E402
+import flat_quant  # noqa: E402
 
 
 LONG = {"matrix": "every script, network, quantizer and bits: an hour",
@@ -28,6 +29,13 @@ def pytest_collection_modifyitems(config, items):
         keep = [item for item in items if not any(map(item.get_closest_marker, LONG))]
         config.hook.pytest_deselected(items=[item for item in items if item not in keep])
         items[:] = keep
+
+
+@pytest.fixture(autouse=True)
+def short_study(monkeypatch):
+    """The Hessian and PTQ have tests of their own; no dry run needs all of them."""
+    for name, value in (("PROBES", 2), ("ITERATIONS", 1), ("PTQ_BITS", [(8, 8)])):
+        monkeypatch.setattr(flat_quant, name, value)
 
 
 @pytest.fixture

@@ -308,8 +308,6 @@ def test_matrix_runs(script, model, quantizer, wbits, abits, tmp_path, monkeypat
     monkeypatch.setattr(sys, "argv", [
         f"{script}.py", "--dataset", "shapes", "--dry-run", "--out", str(tmp_path), "--depth", "2",
         "--model", model, "--quantizer", quantizer, "--wbits", str(wbits), "--abits", str(abits)])
-    monkeypatch.setattr("flat_quant.PROBES", 2)
-    monkeypatch.setattr("flat_quant.ITERATIONS", 1)
     importlib.import_module(script).main()
     shown = capsys.readouterr().out
     assert "nan" not in shown and "test acc" in shown

@@ -207,7 +207,8 @@ def test_weight_bins_and_entropy(calibrated):
         for layer in layers:
             half = torch.arange(layer.weight[0].numel()).reshape(layer.weight[0].shape) % 2 == 0
             layer.weight.copy_(torch.where(half, -99.0, 99.0).expand_as(layer.weight))
-    assert cr_qat.weight_entropy(calibrated) == pytest.approx(1)
+        layers[0].weight.fill_(99)  # of one value only: no entropy
+    assert cr_qat.weight_entropy(calibrated) == pytest.approx(7 / 8)
 
 
 def test_sensitivity_is_nothing_without_noise_and_leaves_no_hook(calibrated, tiny_data):
@@ -220,16 +221,20 @@ def test_sensitivity_is_nothing_without_noise_and_leaves_no_hook(calibrated, tin
     assert common.evaluate(calibrated, tiny_data)[0] == clean
 
 
-def test_everything_as_a_user_runs_it(run_script, tmp_path):
-    done = run_script("cr_qat.py", "--dry-run", "--dataset", "shapes", "--controls", "--ablate",
-                      "--diagnose", "--labels", "20")
-    assert done.returncode == 0, done.stderr
+def test_everything_as_a_user_runs_it(parse, monkeypatch, capsys, tmp_path):
+    assert "crop+flip" in cr_qat.AUGMENTS
+    monkeypatch.setattr(cr_qat, "AUGMENTS", ["none", "crop+flip+colour"])
+    parse("--controls", "--ablate", "--diagnose", "--labels", "20",
+          "--augment", "crop+flip+colour")
+    common.entry(cr_qat.main)
+    shown = capsys.readouterr().out
     rows = [json.loads(x)["method"]
-            for x in (tmp_path / "out/dry-run/results.jsonl").read_text().splitlines()]
-    assert rows[:9] == ["fp", "lsq", "lsq-ema", "two-view", "pi", "kd", "cr", "cr-ema", "lsq-none"]
-    assert len(rows) == 18 and "nan" not in done.stdout
+            for x in (tmp_path / "dry-run/results.jsonl").read_text().splitlines()]
+    assert rows == ["fp", "lsq", "lsq-ema", "two-view", "pi", "kd", "cr", "cr-ema", "lsq-none",
+                    "cr-none", "lsq-crop+flip+colour", "cr-crop+flip+colour"]
+    assert "nan" not in shown
     for words in ("20 training images", "Gaussian noise on each weight", "entropy", "change bin"):
-        assert words in done.stdout
+        assert words in shown
 
 
 @pytest.mark.parametrize("flags,word", [

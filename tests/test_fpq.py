@@ -46,18 +46,22 @@ def test_eq15_standardize(shape):
     zn = z.numpy()
     expected = (zn - zn.mean(over, keepdims=True)) / np.sqrt(zn.var(over, keepdims=True) + 1e-2)
     np.testing.assert_allclose(fpq.standardize(z, eps=1e-2).numpy(), expected, rtol=1e-10)
+    zn = 1e-3 * zn  # where eps counts: 1e-5 unless given
+    expected = (zn - zn.mean(over, keepdims=True)) / np.sqrt(zn.var(over, keepdims=True) + 1e-5)
+    np.testing.assert_allclose(fpq.standardize(1e-3 * z).numpy(), expected, rtol=1e-9)
 
 
-@pytest.mark.parametrize("memory", [torch.contiguous_format, torch.channels_last])
-def test_eq16_distance_equals_the_standardised_copies_and_two_minus_two_r(memory):
-    student = torch.randn(6, 3, 4, 5, dtype=torch.float64) * 2 + 1
+@pytest.mark.parametrize("memory,scale", [(torch.contiguous_format, 2),
+                                          (torch.channels_last, 0.05)])
+def test_eq16_distance_equals_the_standardised_copies_and_two_minus_two_r(memory, scale):
+    student = torch.randn(6, 3, 4, 5, dtype=torch.float64) * scale + 1
     student = student.contiguous(memory_format=memory)
-    teacher = torch.randn(6, 3, 4, 5, dtype=torch.float64) + 0.5 * student
+    teacher = scale / 2 * torch.randn(6, 3, 4, 5, dtype=torch.float64) + 0.5 * student
     a, b = student.clone().requires_grad_(), student.clone().requires_grad_()
     mine = fpq.channel_distance(a, teacher, eps=1e-2)
     explicit = (fpq.standardize(b, 1e-2) - fpq.standardize(teacher, 1e-2)).square().mean()
     torch.testing.assert_close(mine, explicit)
-    grads = (torch.autograd.grad(y, x)[0] for y, x in ((mine, a), (explicit, b)))
+    grads = (torch.autograd.grad(3 * y, x)[0] for y, x in ((mine, a), (explicit, b)))
     torch.testing.assert_close(*grads)
     r = [np.corrcoef(student[:, c].flatten(), teacher[:, c].flatten())[0, 1] for c in range(3)]
     assert fpq.channel_distance(student, teacher, eps=0).item() == pytest.approx(2 - 2 * np.mean(r))
@@ -80,12 +84,13 @@ def test_csd_of_a_constant_channel_is_finite(value):
     assert loss.isfinite() and student.grad.isfinite().all()
 
 
-def test_kd_loss_by_hand():
+@pytest.mark.parametrize("flags,temperature", [({"temperature": 3.0}, 3), ({}, 4)])
+def test_kd_loss_by_hand(flags, temperature):
     student, teacher = torch.tensor([[0.0, 0.0]]), torch.tensor([[2.0, 0.0]])
-    q = torch.tensor([2.0 / 2, 0.0]).softmax(0)
-    expected = 4 * (q * (q / 0.5).log()).sum()
-    assert fpq.kd_loss(student, teacher, temperature=2.0).item() == pytest.approx(expected.item())
-    assert fpq.kd_loss(teacher, teacher).item() == pytest.approx(0, abs=1e-6)
+    q = (teacher[0] / temperature).softmax(0)
+    expected = temperature**2 * (q * (q / 0.5).log()).sum()
+    assert fpq.kd_loss(student, teacher, **flags).item() == pytest.approx(expected.item())
+    assert fpq.kd_loss(teacher, teacher, **flags).item() == pytest.approx(0, abs=1e-6)
 
 
 def test_eq16_noise_lands_behind_the_quantizer_or_before_it_and_in_training_only(
@@ -176,21 +181,27 @@ def test_recipe_paper_sets_the_protocol_and_flags_win(monkeypatch, tmp_path):
     assert args.weight_decay == 5e-4
 
 
-def test_every_method_and_diagnosis_as_a_user_runs_them(run_script, tmp_path):
-    done = run_script("fpq.py", "--dry-run", "--dataset", "shapes", "--ablate", "--compare", "kd",
-                      "--wbits", "3", "--abits", "4")
-    assert done.returncode == 0, done.stderr
-    written = (tmp_path / "out/dry-run/results.jsonl").read_text().splitlines()
-    lines = [json.loads(line) for line in written]
+def dry_run(monkeypatch, capsys, tmp_path, *flags):
+    """(rows of results.jsonl, what is printed) of fpq.py."""
+    monkeypatch.setattr("sys.argv", ["fpq.py", "--dry-run", "--dataset", "shapes", "--out",
+                                     str(tmp_path), *flags])
+    common.entry(fpq.main)
+    written = (tmp_path / "dry-run/results.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in written], capsys.readouterr().out
+
+
+def test_every_method_and_diagnosis_as_a_user_runs_them(monkeypatch, capsys, tmp_path):
+    lines, _ = dry_run(monkeypatch, capsys, tmp_path, "--ablate", "--compare", "kd",
+                       "--wbits", "3", "--abits", "4")
     assert [x["method"] for x in lines] == ["fp", "lsq", "sfp", "csd", "fpq", "kd"]
     assert all((x["wbits"], x["abits"]) == (3, 4) for x in lines[1:])
     assert {"script", "method", "dataset", "model", "wbits", "abits", "seed", "epochs",
             "train_size", "test_acc", "test_loss", "seconds_per_epoch", "torch", "device",
             "command"} <= lines[0].keys()
-    done = run_script("fpq.py", "--dry-run", "--dataset", "shapes", "--method", "fpq", "--diagnose")
+    _, shown = dry_run(monkeypatch, capsys, tmp_path, "--method", "fpq", "--diagnose")
     for figure in ("Fig. 1", "Fig. 2", "Fig. 3", "Fig. 5"):
-        assert figure in done.stdout
-    assert "nan" not in done.stdout
+        assert figure in shown
+    assert "nan" not in shown
 
 
 def test_compile_without_a_compiler_says_so_and_runs_eager(run_script, tmp_path, monkeypatch):
@@ -201,11 +212,19 @@ def test_compile_without_a_compiler_says_so_and_runs_eager(run_script, tmp_path,
     assert len(done.stderr.strip().splitlines()) == 1, done.stderr
 
 
-def test_compiled_run_agrees_with_the_eager_one(run_script, tmp_path):
-    rows = []
+def test_compiled_run_agrees_with_the_eager_one(monkeypatch, capsys, tmp_path):
+    """All but the compiler, which test_compiled_quantizer_agrees_with_the_eager_one runs."""
+    calls = []
+
+    def compiled(function, **options):
+        return lambda *args: calls.append(args) or function(*args)
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    monkeypatch.delattr(common.use_compiled, "function", raising=False)
+    losses = []
     for flags in ([], ["--compile"]):
-        done = run_script("fpq.py", "--dry-run", "--dataset", "shapes", "--method", "lsq", *flags)
-        assert done.returncode == 0 and "running eager" not in done.stderr, done.stderr
-        written = (tmp_path / "out/dry-run/results.jsonl").read_text()
-        rows.append(json.loads(written.splitlines()[-1]))
-    assert rows[0]["test_loss"] == pytest.approx(rows[1]["test_loss"], rel=1e-2)
+        assert not calls
+        lines, _ = dry_run(monkeypatch, capsys, tmp_path, "--method", "lsq", *flags)
+        losses.append(lines[-1]["test_loss"])
+    assert len(calls) > 10 and losses[0] == pytest.approx(losses[1], rel=1e-2)
+    common.use_compiled(False)

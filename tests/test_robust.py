@@ -46,26 +46,39 @@ def folder(tmp_path_factory) -> Path:
 
 DRIVER = """
 import importlib, json, os, signal, sys, time
-root, jobs = sys.argv[1], json.loads(sys.argv[2])
-sys.path.insert(0, root)
+sys.path.insert(0, sys.argv[1])
 import common
 scripts = {s: importlib.import_module(s) for s in ("fpq", "cr_qat", "mec_quant", "flat_quant")}
 common.import_torchvision()
 import PIL.Image
 flat = scripts["flat_quant"]
 flat.PROBES, flat.ITERATIONS, flat.PTQ_BITS = 2, 1, []  # what follows training, short
-for script, flags, seconds in jobs:
+
+def die_at_checkpoint(number, when, replace=os.replace):  # of the written ones, the number-th
+    def written(*paths):
+        written.count += 1
+        if written.count == number and when == "before":
+            os.kill(os.getpid(), signal.SIGKILL)
+        replace(*paths)
+        if written.count == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+    written.count, os.replace = 0, written
+
+for line in sys.stdin:
+    script, flags, moment = json.loads(line)
     started = time.monotonic()
     child = os.fork()
     if child == 0:  # a fresh process, but for the imports
         sys.argv = [script + ".py", *flags]
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        if isinstance(moment, list):
+            die_at_checkpoint(*moment)
         common.entry(scripts[script].main)
         os._exit(0)
     done, status = 0, 0
     while not done:
         done, status = os.waitpid(child, os.WNOHANG)
-        if seconds and time.monotonic() - started > seconds and not done:
+        if isinstance(moment, float) and time.monotonic() - started > moment and not done:
             os.kill(child, signal.SIGKILL)
             done, status = os.waitpid(child, 0)
         time.sleep(0.002)
@@ -73,13 +86,19 @@ for script, flags, seconds in jobs:
 """
 
 
-def drive(*jobs: tuple) -> list[tuple[float, int]]:
-    """Run (script, flags, seconds until kill -9, or None) one after the other: (time, status)."""
-    out = subprocess.run([sys.executable, "-c", DRIVER, str(ROOT), json.dumps(jobs)],
-                         capture_output=True, text=True, timeout=1200,
-                         env=os.environ | {"OMP_NUM_THREADS": "1"})
-    assert not out.stderr, out.stderr
-    return [json.loads(line) for line in out.stdout.splitlines()]
+@pytest.fixture(scope="module")
+def drive():
+    """drive(script, flags, moment) -> (seconds, wait status). moment: None lets the script run to
+    its end; seconds, or (number, "before" or "after") of a written checkpoint, kill -9 it."""
+    with subprocess.Popen([sys.executable, "-c", DRIVER, str(ROOT)], stdin=subprocess.PIPE,
+                          stdout=subprocess.PIPE, text=True,
+                          env=os.environ | {"OMP_NUM_THREADS": "1"}) as driver:
+        def run(script, flags, moment=None):
+            print(json.dumps([script, flags, moment]), file=driver.stdin, flush=True)
+            return json.loads(driver.stdout.readline())
+
+        yield run
+        driver.stdin.close()
 
 
 def timeless(value):
@@ -111,41 +130,60 @@ def assert_equal_runs(one: Path, other: Path) -> None:
     assert lines[0] == lines[1] and lines[0]
 
 
-def survive(script: str, folder: Path, tmp: Path, kills: int) -> int:
+def command(script: str, folder: Path, out: Path, *more: str) -> list[str]:
+    return [*SHORT, *FLAGS[script], "--data-dir", str(folder), "--out", str(out), *more]
+
+
+def survive(drive, script: str, folder: Path, tmp: Path, kills: int) -> int:
     """Kill `script` at random moments and resume it, `kills` times; every run that gets to its end
     is compared with two undisturbed ones, which are compared with each other. Kills that hit."""
-    def command(out: str, *more: str):
-        return [*SHORT, *FLAGS[script], "--data-dir", str(folder), "--out", str(tmp / out), *more]
-
-    whole = drive((script, command("one"), None), (script, command("two"), None))
-    assert [status for _, status in whole] == [0, 0]
+    for out in ("one", "two"):
+        seconds, status = drive(script, command(script, folder, tmp / out))
+        assert status == 0
     assert_equal_runs(tmp / "one", tmp / "two")
-    rng, resume, hits = random.Random(script), command("cut", "--resume"), 0
+    rng, hits = random.Random(script), 0
     while hits < kills:
-        moments = [rng.uniform(0.05, 0.9) * whole[1][0] for _ in range(min(3, kills - hits))]
-        ends = drive(*((script, resume, moment) for moment in moments), (script, resume, None))
-        hits += sum(status == 9 for _, status in ends)
-        assert {status for _, status in ends} <= {0, 9} and ends[-1][1] == 0
-        assert_equal_runs(tmp / "one", tmp / "cut")
-        if hits < kills:
-            shutil.rmtree(tmp / "cut")
-    before = {p: p.read_bytes() for p in (tmp / "cut").iterdir()}
-    drive((script, resume, None))  # a finished run resumed changes nothing
-    assert before == {p: p.read_bytes() for p in (tmp / "cut").iterdir()}
+        cut = tmp / f"cut{hits}"
+        resume = command(script, folder, cut, "--resume")
+        moments = [rng.uniform(0.05, 0.9) * seconds for _ in range(min(3, kills - hits))]
+        ends = [drive(script, resume, moment)[1] for moment in moments]
+        assert set(ends) <= {0, 9} and drive(script, resume)[1] == 0
+        assert_equal_runs(tmp / "one", cut)
+        hits += ends.count(9)
     return hits
 
 
 @pytest.mark.parametrize("script,kills", [("fpq", 3), ("cr_qat", 3), ("mec_quant", 2),
                                           ("flat_quant", 2)])
 def test_killed_and_resumed_ends_as_if_undisturbed_and_twice_the_same(
-        script, kills, folder, tmp_path):
-    assert survive(script, folder, tmp_path, kills) >= kills
+        drive, script, kills, folder, tmp_path):
+    assert survive(drive, script, folder, tmp_path, kills) >= kills
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_killed_at_a_checkpoint_and_a_finished_run_resumed_changes_nothing(
+        drive, script, folder, tmp_path):
+    """Before a checkpoint takes its place, after it, and between the last and the result's line."""
+    assert drive(script, command(script, folder, tmp_path / "one"))[1] == 0
+    cut = tmp_path / "cut"
+    resume = command(script, folder, cut, "--resume")
+    last = (2 if script == "flat_quant" else 3), "after"  # of the run's three or five, what is left
+    for moment in ((1, "before"), (2, "after"), (2, "before"), last):  # each goes on from the last
+        assert drive(script, resume, moment)[1] == 9
+        assert bool(list(cut.glob("*.part"))) == (moment[1] == "before")
+    lines = [(out / "results.jsonl").read_text().count("\n") for out in (tmp_path / "one", cut)]
+    assert lines[1] < lines[0]
+    assert drive(script, resume)[1] == 0
+    assert_equal_runs(tmp_path / "one", cut)
+    before = {p: p.read_bytes() for p in cut.iterdir()}
+    assert drive(script, resume)[1] == 0
+    assert before == {p: p.read_bytes() for p in cut.iterdir()}
 
 
 @pytest.mark.kills
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_hundred_kills(script, folder, tmp_path):
-    hits = survive(script, folder, tmp_path, 25)
+def test_hundred_kills(drive, script, folder, tmp_path):
+    hits = survive(drive, script, folder, tmp_path, 25)
     print(f"\n{script}: {hits} kills survived of {hits} tried")
 
 
