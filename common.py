@@ -1,10 +1,10 @@
 """What the four papers take for granted; no method lives here. Read it once, top to bottom.
 
-    1. Command line and run      base_parser, finish_args, entry, sgd, Run, result_table
+    1. Command line and run      base_parser, parse, finish_args, entry, sgd, Run, result_table
     2. Data                      Data, load_data
     3. Models                    CifarResNet, ViT, build_model, full_precision
-    4. Quantizers                fake_quantize, Quantizer (LSQ), LSQ+ and PACT, QuantConv2d,
-                                 QuantLinear, quantize, calibrate, export_int
+    4. Quantizers                a: fake_quantize, Quantizer (LSQ); b: LSQ+ and PACT;
+                                 c: QuantConv2d, QuantLinear, quantize, calibrate, export_int
     5. Evaluation and flatness   evaluate, hessian_trace, hessian_top_eigenvalue
 
 Symbols follow the papers' shared protocol (FPQ, arXiv 2503.11159, section 3.1): step s, zero
@@ -15,6 +15,7 @@ import argparse
 import copy
 import ctypes
 import hashlib
+import io
 import json
 import math
 import os
@@ -25,6 +26,7 @@ import threading
 import time
 import urllib.request
 import warnings
+import zipfile
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -97,9 +99,17 @@ def base_parser(description: str, fewest_bits: int = 2) -> Parser:
     return p
 
 
-def print_recipe(args: argparse.Namespace, recipe: dict) -> None:
-    flags = (f"--{name.replace('_', '-')} {getattr(args, name)}" for name in recipe)
-    print("--recipe paper:", *flags)
+def parse(parser: Parser, recipe: dict) -> argparse.Namespace:
+    """The command line. `--recipe paper` puts `recipe` in place of the defaults and prints it; flags
+    given beside it win, and so does --bits over the recipe's wbits and abits."""
+    parser.add_argument("--recipe", choices=["paper"], help=f"the published schedule: {recipe}")
+    if parser.parse_args().recipe:
+        if any(word.split("=")[0] == "--bits" for word in sys.argv):
+            recipe = {k: v for k, v in recipe.items() if k not in ("wbits", "abits")}
+        parser.set_defaults(**recipe)
+        args = parser.parse_args()
+        print("--recipe paper:", *(f"--{k.replace('_', '-')} {getattr(args, k)}" for k in recipe))
+    return parser.parse_args()
 
 
 def finish_args(args: argparse.Namespace) -> argparse.Namespace:
@@ -113,7 +123,7 @@ def finish_args(args: argparse.Namespace) -> argparse.Namespace:
     try:
         args.device = torch.device(args.device)
         torch.zeros(1, device=args.device).item()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError, ImportError) as error:
         raise UsageError(f"--device {args.device} cannot be used here "
                          f"({str(error).splitlines()[0]}); try --device cpu") from None
     if args.dry_run:
@@ -184,9 +194,9 @@ class Run:
         result = run.finish()                      # the line in results.jsonl
 
     Randomness restarts from (seed, epoch), so resuming at an epoch's start is bit-identical.
-    `header` names all that made the run; a checkpoint with another one is refused. What else
-    training depends on (an average of the weights, statistics of noise) goes into `extras`: objects
-    with state_dict and load_state_dict, by name.
+    `header` names all that made the run; a digest of it is in the checkpoint's name, and a file that
+    holds another one is refused. What else training depends on (an average of the weights,
+    statistics of noise) goes into `extras`: objects with state_dict and load_state_dict, by name.
     """
 
     def __init__(self, args: argparse.Namespace, data: "Data", model: nn.Module,
@@ -200,48 +210,56 @@ class Run:
         self.stream = seed * 100_003 + (2**41 if header else 0)  # full precision has one of its own
         flags = {k: str(v) for k, v in sorted(vars(args).items()) if k not in (
             "bits out resume seed data_dir device recipe ablate compare controls diagnose measure "
-            "study sweep_bits ptq").split()}
+            "study sweep_bits").split()}
         self.header = header or flags | {"script": self.script, "method": method, "seed": seed,
                                          "dataset": data.name, "data": data.fingerprint, "pad": PAD}
-        name = "-".join([self.script, method, args.model, data.name, *(
-            [args.quantizer] if args.quantizer != "lsq" else []),
+        digest = hashlib.sha256(json.dumps(self.header, sort_keys=True).encode()).hexdigest()[:8]
+        name = "-".join([method, args.model, data.name] if header else [
+            self.script, method, args.model, data.name,
+            *([args.quantizer] if args.quantizer != "lsq" else []),
             f"w{args.wbits}a{args.abits}", f"s{seed}"])
-        if header:
-            digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode()).hexdigest()
-            name = f"{method}-{args.model}-{data.name}-{digest[:8]}"
-        self.path = args.out / f"{name}.pt"
+        self.path = args.out / f"{name}-{digest}.pt"
         if args.resume:
-            for stale in args.out.glob(f"{name}.*.part"):  # of a run killed while it wrote
+            for stale in args.out.glob(f"{name}-{digest}.*.part"):  # of a run killed while it wrote
                 stale.unlink(missing_ok=True)
         if (args.resume or header) and self.path.exists():
             self.load()
+        elif args.resume and not header and any(args.out.glob(f"{name}-*.pt")):
+            print(f"{name} in {args.out} was made by another command; starting afresh for this one",
+                  file=sys.stderr)
 
     def load(self) -> None:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # about foreign files: the one line below is enough
+                if zipfile.ZipFile(self.path).testzip():  # torch.load looks at no check sum
+                    raise ValueError
                 state = torch.load(self.path, map_location="cpu", weights_only=True)
-            found = state["header"]
-        except Exception as error:  # torch.load raises half a dozen kinds for a damaged file
+            for key in self.header | state["header"]:
+                mine, theirs = self.header.get(key), state["header"].get(key)
+                if mine != theirs:
+                    raise UsageError(f"{self.path} was made with {key} {theirs}, this command says "
+                                     f"{mine}; take another --out or delete it")
+            for name, part in self.parts.items():
+                part.load_state_dict(state[name])
+            self.history, self.finished = state["history"], state["finished"]
+        except UsageError:
+            raise
+        except Exception as error:  # half a dozen kinds for a damaged or incomplete file
             raise UsageError(f"{self.path} is damaged or none of ours ({type(error).__name__}); "
                              "delete it to start afresh") from None
-        for key in self.header | found:
-            mine, theirs = self.header.get(key), found.get(key)
-            if mine != theirs:
-                raise UsageError(f"{self.path} was made with {key} {theirs}, this command says "
-                                 f"{mine}; take another --out or leave --resume away")
-        for name, part in self.parts.items():
-            part.load_state_dict(state[name])
-        self.history, self.finished = state["history"], state["finished"]
 
     def save(self) -> None:
+        state = {"header": self.header, "history": self.history, "finished": self.finished}
+        state |= {name: part.state_dict() for name, part in self.parts.items()}
+        whole = io.BytesIO()  # as torch.save says less clearly than a file why it cannot write
+        torch.save(state, whole)
         partial = self.path.with_suffix(f".{os.getpid()}.part")  # so `path` is whole or absent
         try:
-            torch.save({"header": self.header, "history": self.history, "finished": self.finished}
-                       | {name: part.state_dict() for name, part in self.parts.items()}, partial)
+            partial.write_bytes(whole.getbuffer())
             os.replace(partial, self.path)
-        except RuntimeError as error:  # what torch.save raises when the disk is full
-            raise OSError(f"{self.path} cannot be written: {str(error).splitlines()[0]}") from None
+        except OSError as error:
+            raise OSError(f"{self.path} cannot be written: {error.strerror}") from None
         finally:
             partial.unlink(missing_ok=True)
 
@@ -253,15 +271,7 @@ class Run:
             self.model.train()
             yield epoch
             acc, loss = evaluate(self.model, self.data)
-            if not all(map(math.isfinite, (loss, *self.means.values()))):
-                flag = "--batch-size, which its rate grows with" if self.method == "fp" else "--lr"
-                step = min(int(self.good), self.steps - 1)
-                rate = cosine_lr(epoch * self.steps + step, self.total * self.steps, self.peak,
-                                 self.warmup)
-                raise FloatingPointError(
-                    f"{self.method}: the loss is not finite from step {step + 1} of epoch "
-                    f"{epoch + 1} on, learning rate {rate:.3g}; try a smaller {flag}. The "
-                    "checkpoint of the epoch before is kept")
+            self.check(loss)
             self.history.append({"epoch": epoch + 1, **self.means, "test_loss": loss,
                                  "test_acc": acc, "seconds": self.seconds, **self.notes})
             self.save()
@@ -285,6 +295,20 @@ class Run:
         # Here the device is waited for, once per epoch.
         self.means = {k: v.item() / self.steps for k, v in self.sums.items()}
         self.seconds = time.perf_counter() - started
+        self.check(*self.means.values())
+
+    def check(self, *losses: float) -> None:
+        """FloatingPointError, which ends the script, if a loss is not finite."""
+        if all(map(math.isfinite, losses)):
+            return
+        flag = "--lr" if self.peak == self.args.lr else "--batch-size, which its rate grows with"
+        step = min(int(self.good), self.steps - 1)
+        rate = cosine_lr(self.epoch * self.steps + step, self.total * self.steps, self.peak,
+                         self.warmup)
+        kept = ". The checkpoint of the epoch before is kept" if self.history else ""
+        raise FloatingPointError(f"{self.method}: the loss is not finite from step {step + 1} of "
+                                 f"epoch {self.epoch + 1} on, learning rate {rate:.3g}; try a "
+                                 f"smaller {flag}{kept}")
 
     def log(self, **losses: Tensor) -> None:
         for name, value in losses.items():
@@ -533,6 +557,8 @@ def read_torchvision(name: str, data_dir: Path) -> tuple:
                  "fashion_mnist": (datasets.FashionMNIST, datasets.FashionMNIST.mirrors[0])}[name]
     try:
         parts = [kind(data_dir, train) for train in (True, False)]
+    except (ValueError, AssertionError, EOFError) as error:  # there, but not what it should be
+        raise UsageError(f"{name} in {data_dir} is damaged ({error}); delete it") from None
     except RuntimeError:  # not there, or not whole
         if not reachable(url):
             raise UsageError(f"{name} is not in {data_dir} and its host cannot be reached; "
@@ -556,14 +582,18 @@ def read_image(path: str) -> np.ndarray:
     from PIL import Image  # what torchvision reads images with
 
     with Image.open(path) as image:
-        if image.mode.startswith("I;16"):
-            image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
+        if image.mode == "F":
+            raise ValueError("its pixels are floating-point, whose black and white are not known")
+        if image.mode.startswith("I"):
+            grey = np.asarray(image)
+            image = Image.fromarray((grey // (257 if grey.max() > 255 else 1)).astype(np.uint8))
         image = image.convert("RGB")
         return np.asarray(image if image.size == (32, 32) else image.resize((32, 32)))
 
 
 def read_folder(data_dir: Path) -> tuple:
-    """DIR/train/<class>/* and DIR/test/<class>/*: any image format, resized to 32 x 32."""
+    """DIR/train/<class>/* and DIR/test/<class>/*: the image formats that torchvision's ImageFolder
+    takes, by their endings; resized to 32 x 32."""
     datasets, out, classes = import_torchvision().datasets, [], []
     for part in ("train", "test"):
         try:
@@ -580,8 +610,9 @@ def read_folder(data_dir: Path) -> tuple:
         classes.append(folder.classes)
         out += [torch.from_numpy(images), torch.tensor(folder.targets)]
     if classes[0] != classes[1] or len(classes[0]) < 2:
+        odd = sorted(set(classes[0]) ^ set(classes[1])) or classes[0]
         raise UsageError(f"{data_dir} should have the same classes, two or more, in train and in "
-                         f"test, not {len(classes[0])} and {len(classes[1])}")
+                         f"test; look at {', '.join(odd[:5])}")
     return *out, len(classes[0])
 
 
@@ -808,7 +839,7 @@ def full_precision(args: argparse.Namespace, data: Data) -> tuple[nn.Module, dic
     return model.eval(), run.finish(32, 32)
 
 
-# ------------------- 4. Quantizers: LSQ (Esser et al. 2020) with a fixed zero point (FPQ, Eq. 3-5)
+# ------------- 4. Quantizers. 4a: LSQ (Esser et al. 2020) with a fixed zero point (FPQ, Eq. 3-5)
 
 TINY = 1e-12  # no step is smaller: keeps x / s finite should a step be exactly 0
 
@@ -868,6 +899,8 @@ def fake_quantize(x: Tensor, step: Tensor, zero_point: Tensor | float, qmin: int
     that is a number costs three passes over x less: it goes into the bounds, as
     clip(n + z, a, b) - z = clip(n, a - z, b - z).
     """
+    if x.dtype in (torch.float16, torch.bfloat16):  # whose sums would be too coarse
+        return fake_quantize(x.float(), step, zero_point, qmin, qmax, grad_scale).to(x.dtype)
     if not isinstance(zero_point, Tensor):
         qmin, qmax, zero_point = qmin - zero_point, qmax - zero_point, None
     if COMPILED and step.numel() == 1 and x.requires_grad and torch.is_grad_enabled():
@@ -979,7 +1012,7 @@ class Quantizer(nn.Module):
         zero = (self.qmax - high / step).round() * (not self.symmetric)  # Eq. 5
         zero = torch.ones_like(zero) if self.centred else zero
         rows = rows[:, ::rows.shape[1] // 65536 | 1]  # a sample is enough; odd, to meet all columns
-        shrink = torch.arange(1, candidates + 1, device=x.device) / candidates
+        shrink = torch.arange(candidates, 0, -1, device=x.device) / candidates  # ties: the widest
         error = []
         for a in shrink:
             s = (a * step)[:, None]
@@ -991,13 +1024,15 @@ class Quantizer(nn.Module):
         self.zero_point.copy_(zero.reshape(self.step.shape))
         self.forget()
 
-
     def integers(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(n, scale, zero) with x_hat = (n - zero) * scale bit for bit, n whole numbers."""
         scale, zero = self.grid(x)
         half = 0.5 * self.centred  # a centred grid lies half a step higher
         n = (x / scale - half).round().add(zero).clamp(self.qmin, self.qmax)
         return n, scale, zero - half
+
+
+# ----------------------------------- 4b. LSQ+ and PACT (--quantizer); a first reading can skip them
 
 
 def require_calibrated(quantizer: nn.Module, value: Tensor) -> None:
@@ -1030,7 +1065,7 @@ class OffsetQuantizer(nn.Module):
     def grid(self, x: Tensor) -> tuple[Tensor, Tensor]:
         step = self.step.abs().clamp_min(TINY)
         if self.channels:
-            return step.reshape([-1] + [1] * (x.dim() - 1)), torch.zeros_like(step[0])
+            return step.reshape([-1] + [1] * (x.dim() - 1)), step.new_zeros(())
         return step, -self.offset / step
 
     def forward(self, x: Tensor) -> Tensor:
@@ -1145,6 +1180,9 @@ class TanhQuantizer(nn.Module):
         """Nothing to take from data."""
 
 
+# ------------------------------------------------------------------------ 4c. Layers and networks
+
+
 def make_quantizer(method: str, bits: int, channels: int | None = None) -> nn.Module:
     """Of a weight of `channels` output channels, or of an activation; method: one of QUANTIZERS."""
     if method not in QUANTIZERS:
@@ -1226,22 +1264,27 @@ def quantize(model: nn.Module, wbits: int, abits: int, method: str = "lsq",
     """A copy of `model` in which every Conv2d and Linear quantizes input and weight, the first and
     the last on the way of `example` at 8 bits, and every Product its two operands. method: one of
     QUANTIZERS. Steps exist, for an optimizer to hold, but are NaN until `calibrate`. Warns of
-    layers with weights that stay in full precision: of other kinds, or not come to."""
+    layers with weights that stay in full precision: of other kinds (or with a weight computed from
+    others, as by weight_norm), or not come to."""
     model, order = copy.deepcopy(model), layers_on_the_way(model, example)
     modules = {name: m for name, m in model.named_modules()}
     new = {}
     for name, module in modules.items():
         if isinstance(module, Product):
             new[module] = QuantProduct(abits, method).to(next(model.parameters()).device)
-        elif name in order and type(module).forward in (nn.Conv2d.forward, nn.Linear.forward):
+        elif name in order and type(module).forward in (
+                nn.Conv2d.forward, nn.Linear.forward) and isinstance(module.weight, nn.Parameter):
             ends = name in (order[0], order[-1])
             kind = QuantConv2d if isinstance(module, nn.Conv2d) else QuantLinear
             new[module] = kind(module, *(8, 8) if ends else (wbits, abits), method).to(
                 module.weight.device)
-    left = [f"{name} ({type(m).__name__})" for name, m in modules.items() if m not in new and any(
-        "weight" in n and p.dim() > 1 for n, p in m.named_parameters(recurse=False))]
+    left = [f"{name} ({type(m).__name__})" for name, m in modules.items() if m not in new and (
+        name in product_layers(model) or any(
+            "weight" in n and p.dim() > 1 for n, p in m.named_parameters(recurse=False)))]
     if left:
         warnings.warn(f"left in full precision: {', '.join(left)}", stacklevel=2)
+    if model in new:  # a single layer
+        return new[model]
     for name, module in list(model.named_modules(remove_duplicate=False)):  # one may have two names
         if module in new:
             model.set_submodule(name, new[module])
@@ -1254,7 +1297,7 @@ def calibrate(qmodel: nn.Module, images: Tensor, candidates: int = 100) -> None:
     each layer seeing its input as the quantized layers before it make it. `candidates`: 1 takes
     the range of the data, more search for the one of least error (see `Quantizer.initialize`)."""
     hooks = [m.register_forward_pre_hook(lambda q, inputs: q.initialize(inputs[0], candidates))
-             for m in qmodel.modules() if hasattr(m, "initialize")]
+             for m in qmodel.modules() if isinstance(m, (Quantizer, OffsetQuantizer, ClipQuantizer))]
     training = qmodel.training
     qmodel.eval()(images)
     qmodel.train(training)

@@ -28,7 +28,6 @@ LSQ 73.10, CR 73.48, LSQ on two labelled views 73.73: no gain that the controls 
 import argparse
 import math
 from dataclasses import replace
-from functools import partial
 
 import common
 import torch
@@ -63,12 +62,7 @@ def parse_args() -> argparse.Namespace:
     add("--controls", action="store_true", help="all methods, and the averages of lsq and cr")
     add("--ablate", action="store_true", help="lsq and cr under each augmentation of both views")
     add("--diagnose", action="store_true", help="sensitivity to noise, oscillation, entropy, trace")
-    add("--recipe", choices=["paper"], help=f"the published schedule: {PAPER}")
-    if parser.parse_args().recipe:
-        parser.set_defaults(**PAPER)  # flags given beside --recipe win
-    args = parser.parse_args()
-    if args.recipe:
-        common.print_recipe(args, PAPER)
+    args = common.parse(parser, PAPER)
     if len(args.augment) > 2:
         parser.error("--augment takes one view for both, or the student's and the teacher's")
     if args.labels and args.batch_size < 4:
@@ -96,11 +90,10 @@ def ramp_up(t: float, T: float) -> float:
     return math.exp(-5 * (1 - min(t / T, 1)) ** 2) if T > 0 else 1.0
 
 
-def ema_update(average: list[Tensor], current: list[Tensor], updates: Tensor,
-               alpha: float) -> None:
+def ema_update(average: list[Tensor], current: list[Tensor], updates: int, alpha: float) -> None:
     """theta_T <- a theta_T + (1 - a) theta_S, a = min(1 - 1 / (updates + 1), alpha), in place: a
-    plain mean at first, so that the start is soon forgotten. `updates` so far counts on the CPU."""
-    a = min(1 - 1 / (int(updates) + 1), alpha)
+    plain mean at first, so that the start is soon forgotten. `updates` is the number so far."""
+    a = min(1 - 1 / (updates + 1), alpha)
     get_ema_multi_avg_fn(a)(average, current, updates)
 
 
@@ -109,7 +102,12 @@ def averaged(student: nn.Module, alpha: float) -> AveragedModel:
     batch norm, and steps; zero points are fixed. In training mode, so that batch norm takes the
     statistics of the teacher's own activations, which those of the student would not fit [choice].
     `.update_parameters(student)` after each step."""
-    return AveragedModel(student, multi_avg_fn=partial(ema_update, alpha=alpha)).train()
+    average = AveragedModel(student)
+    # What torch would pass as the third argument is on the device, which reading it would wait for;
+    # n_averaged is on the CPU.
+    average.multi_avg_fn = lambda mean, new, _: ema_update(mean, new, int(average.n_averaged),
+                                                           alpha)
+    return average.train()
 
 
 def distort(view: Tensor, augment: str) -> Tensor:

@@ -47,6 +47,7 @@ PIECES = ["sgd", "weight", "additive", "isotropic", "wrong-bits", "activation", 
 STUDY = ["sgd", "weight", "additive", "isotropic", "wrong-bits", "activation", "weight+activation",
          "sam"]
 PTQ_BITS = [(8, 8), (4, 4), (3, 4), (2, 4)]
+CANDIDATES = {"mse": 100, "minmax": 1}  # ranges of which the best gives the step
 PROBES, ITERATIONS = 8, 15  # of the Hessian's trace and of its top eigenvalue
 
 
@@ -68,17 +69,14 @@ def parse_args() -> argparse.Namespace:
     add("--rho", type=number(float, 0, 1), default=0.5, help="share of activations with noise")
     add("--sam-rho", type=number(float, 0, 1e3), default=0.05, help="radius of SAM's ascent")
     add("--noise-bits", type=number(int, 2, 8), default=8, help="of wrong-bits, as a control")
-    add("--ptq", choices=["mse", "minmax"], default="mse", help="how steps are found")
+    add("--ptq", choices=CANDIDATES, default="mse", help="how steps are found, for noise and PTQ")
     add("--method", type=pieces, nargs="+", default=["sgd", "weight+activation"],
         help=f"sums of {', '.join(PIECES)}; each also with SWA")
     add("--study", action="store_true", help=f"all of {', '.join(STUDY)}")
     add("--measure", action="store_true", help="the errors per layer, and how Gaussian they are")
-    add("--recipe", choices=["paper"], help=f"the published setting: {PAPER}")
-    if parser.parse_args().recipe:
-        parser.set_defaults(**PAPER)  # flags given beside --recipe win
-    args = parser.parse_args()
-    if args.recipe:
-        common.print_recipe(args, PAPER)
+    args = common.parse(parser, PAPER)
+    if args.ptq == "minmax" and args.quantizer == "lsq+":
+        parser.error("--ptq minmax is not for --quantizer lsq+, which starts at the least error")
     args.method = list(dict.fromkeys((STUDY if args.study else []) + args.method))
     return common.finish_args(args)
 
@@ -174,9 +172,9 @@ class DifferentialWeightNoise(nn.Module):
     """
 
     def __init__(self, model: nn.Module, bits: int, additive: bool = False,
-                 isotropic: bool = False, quantizer: str = "lsq"):
+                 isotropic: bool = False, quantizer: str = "lsq", candidates: int = 100):
         super().__init__()
-        self.quantizer = quantizer
+        self.quantizer, self.candidates = quantizer, candidates
         self.weights = [layer.weight for layer in product_layers(model).values()]
         self.bits, self.additive, self.isotropic = layer_bits(model, bits), additive, isotropic
         for i, w in enumerate(self.weights):  # buffers, so that a checkpoint has them
@@ -186,7 +184,8 @@ class DifferentialWeightNoise(nn.Module):
     @torch.no_grad()
     def measure(self) -> None:
         """Once per epoch: quantize, take mean and variance of the error, average over epochs."""
-        errors = [quantization_error(w, make_quantizer(self.quantizer, bits, len(w))).flatten(1)
+        errors = [quantization_error(w, make_quantizer(self.quantizer, bits, len(w)),
+                                     self.candidates).flatten(1)
                   for w, bits in zip(self.weights, self.bits)]
         if self.isotropic:  # of the mean square, so that the sum over all weights stays
             square = sum(e.square().sum() for e in errors) / sum(e.numel() for e in errors)
@@ -225,10 +224,11 @@ class ActivationNoise(nn.Module):
     At every layer's input, in training and while `strength` (lambda) is above 0 only.
     """
 
-    def __init__(self, model: nn.Module, bits: int, rho: float, quantizer: str = "lsq"):
+    def __init__(self, model: nn.Module, bits: int, rho: float, quantizer: str = "lsq",
+                 candidates: int = 100):
         super().__init__()
         self.bits, self.rho, self.strength = layer_bits(model, bits), rho, 0.0
-        self.quantizer = quantizer
+        self.quantizer, self.candidates = quantizer, candidates
         layers = product_layers(model).values()
         device = next(model.parameters()).device
         self.register_buffer("mean", torch.full((len(layers),), torch.nan, device=device))
@@ -246,7 +246,7 @@ class ActivationNoise(nn.Module):
     @torch.no_grad()
     def measure(self, model: nn.Module, images: Tensor) -> None:
         """Once per epoch, on calibration images: mean and variance, averaged over epochs."""
-        errors = [quantization_error(x, make_quantizer(self.quantizer, bits))
+        errors = [quantization_error(x, make_quantizer(self.quantizer, bits), self.candidates)
                   for x, bits in zip(layer_inputs(model, images), self.bits)]
         smooth(self.mean, torch.stack([e.mean() for e in errors]))
         smooth(self.var, torch.stack([e.var(correction=0) for e in errors]))
@@ -312,10 +312,12 @@ def train(args: argparse.Namespace, data: Data, method: str,
         bits = args.noise_bits if "wrong-bits" in parts else args.wbits
         weight_noise = DifferentialWeightNoise(model, bits, additive="additive" in parts,
                                                isotropic="isotropic" in parts,
-                                               quantizer=args.quantizer)
+                                               quantizer=args.quantizer,
+                                               candidates=CANDIDATES[args.ptq])
         extras["weight_noise"] = weight_noise
     if "activation" in parts and args.noise_lambda:
-        activation_noise = ActivationNoise(model, args.abits, args.rho, args.quantizer)
+        activation_noise = ActivationNoise(model, args.abits, args.rho, args.quantizer,
+                                           CANDIDATES[args.ptq])
         extras["activation_noise"] = activation_noise
     run = Run(args, data, model, optimizer, method, seed, args.fp_epochs, lr, common.FP_WARMUP,
               extras={"average": average} | extras)
@@ -360,7 +362,7 @@ def ptq(args: argparse.Namespace, data: Data, network: nn.Module, wbits: int,
     """Post-training quantization: weights rounded to nearest, per channel; inputs per tensor, from
     100 training images; first and last layer at 8 bits."""
     quantized = common.quantize(network, wbits, abits, args.quantizer)
-    common.calibrate(quantized, data.sample(100)[0], 1 if args.ptq == "minmax" else 100)
+    common.calibrate(quantized, data.sample(100)[0], CANDIDATES[args.ptq])
     return quantized.eval()
 
 

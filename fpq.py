@@ -56,12 +56,7 @@ def parse_args() -> argparse.Namespace:
     add("--ablate", action="store_true", help="the paper's ablation: lsq, sfp, csd, fpq")
     add("--compare", choices=["kd"], help="train also a method of the paper's tables")
     add("--diagnose", action="store_true", help="figures 1, 2, 3 and 5 of the paper as numbers")
-    add("--recipe", choices=["paper"], help=f"the published schedule: {PAPER}")
-    if parser.parse_args().recipe:
-        parser.set_defaults(**PAPER)  # flags given beside --recipe win
-    args = parser.parse_args()
-    if args.recipe:
-        common.print_recipe(args, PAPER)
+    args = common.parse(parser, PAPER)
     methods = (["lsq", "sfp", "csd", "fpq"] if args.ablate else []) + args.method
     args.method = list(dict.fromkeys(methods + ([args.compare] if args.compare else [])))
     return common.finish_args(args)

@@ -69,12 +69,9 @@ def parse_args() -> argparse.Namespace:
     add("--ablate", action="store_true", help="all methods: one expert, mixture, other branch, ...")
     add("--sweep-bits", action="store_true", help="activations of 4, 3, 2 and 1 bits in turn")
     add("--diagnose", action="store_true", help="rank of the features, series, experts, cost")
-    add("--recipe", choices=["paper"], help=f"the published schedule: {PAPER}")
-    if parser.parse_args().recipe:
-        parser.set_defaults(**PAPER)  # flags given beside --recipe win
-    args = parser.parse_args()
-    if args.recipe:
-        common.print_recipe(args, PAPER)
+    args = common.parse(parser, PAPER)
+    if args.order and not (args.ablate or "mec" in args.method):
+        parser.error("--order is of the series that --method mec takes; name mec, or leave it away")
     args.method = list(METHODS) if args.ablate else list(dict.fromkeys(args.method))
     return common.finish_args(args)
 
@@ -105,7 +102,18 @@ def logdet(c: Tensor, symmetric: bool) -> Tensor:
     if symmetric:
         factor = torch.linalg.cholesky_ex(eye + c).L
         return 2 * torch.diagonal(factor, dim1=-2, dim2=-1).log().sum(-1)
-    return torch.linalg.slogdet(eye + c).logabsdet
+    return torch.linalg.slogdet(off_mps(eye + c)).logabsdet.to(c.device)
+
+
+def off_mps(c: Tensor) -> Tensor:
+    """c, but on the CPU if it is on MPS, which has neither LU's derivative nor the SVD."""
+    return c.cpu() if c.device.type == "mps" else c
+
+
+def spectral_norm(c: Tensor) -> Tensor:
+    """The largest singular value of C; nan, where LAPACK would raise, if C is not finite."""
+    c = off_mps(c.detach())
+    return torch.linalg.matrix_norm(c, 2) if c.isfinite().all() else c.new_tensor(math.nan)
 
 
 def coding_length(z1: Tensor, z2: Tensor | None = None, *, eps2: float,
@@ -131,7 +139,7 @@ def series_converges(c: Tensor, order: int) -> bool:
     """Whether the spectral norm of C is below 1; a warning, shown once, if not."""
     if order % 2 or order < 2:
         raise ValueError(f"order should be even, not {order}: odd ones reward collapse")
-    norm = torch.linalg.matrix_norm(c.detach(), 2).item()
+    norm = spectral_norm(c).item()
     if norm >= 1:
         warnings.warn("the coding length's series diverges (spectral norm 1 or more): the exact "
                       "value is used; a larger --eps2 makes it converge", stacklevel=3)
@@ -267,14 +275,14 @@ def series_errors(args: argparse.Namespace, features: Tensor) -> tuple[float, ..
     c = z.T @ z / (len(z) * args.eps2)
     exact = logdet(c, True)
     errors = [(series_logdet(c, order) - exact) / exact for order in ORDERS]
-    return tuple(torch.stack([torch.linalg.matrix_norm(c, 2), *errors]).tolist())
+    return spectral_norm(c).item(), *torch.stack(errors).tolist()
 
 
 def spectrum(features: Tensor, eps2: float) -> tuple[float, float, float]:
     """(L / L_max, effective rank, energy share of the top direction) of the normalised features;
     the effective rank is exp of the entropy of the energies' shares (Roy & Vetterli 2007)."""
     z = normalized_rows(features)
-    energy = torch.linalg.svdvals(z).square()
+    energy = torch.linalg.svdvals(off_mps(z)).square()
     share = energy / energy.sum().clamp_min(common.TINY)
     rank = torch.special.entr(share).sum().exp()
     length = coding_length(z, eps2=eps2) / longest_code(*z.shape, eps2)

@@ -74,6 +74,10 @@ def functions(tree: ast.Module) -> dict[str, ast.FunctionDef]:
     return found
 
 
+REASONS = {  # survivors that no test could or need catch: function, code, change
+}
+
+
 def changes(node: ast.AST) -> list:
     """What can be done to this node, as (description, function that does it in place)."""
     out = []
@@ -100,10 +104,10 @@ def changes(node: ast.AST) -> list:
     return out
 
 
-def mutants(file: str, names: list[str]) -> list[tuple[str, int, int, str, int]]:
-    """(function, line, index of the node in a walk, description, index of the change)."""
+def mutants(file: str, names: list[str]) -> list[tuple[str, int, str, int, int]]:
+    """(function, line, what is done, index of the node in a walk, index of the change)."""
     found = functions(ast.parse((ROOT / f"{file}.py").read_text()))
-    return [(name, node.lineno, i, what, j) for name in names
+    return [(name, node.lineno, f"{name}: {ast.unparse(node)[:60]}: {what}", i, j) for name in names
             for i, node in enumerate(ast.walk(found[name]))
             for j, (what, _) in enumerate(changes(node))]
 
@@ -143,26 +147,29 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the sample")
     parser.add_argument("--only", default="", help="file, or file.function")
     args = parser.parse_args()
-    work = [(file, *m, tests) for file, names, tests in EQUATIONS for m in mutants(file, names)
+    work = [(file, tests, *m) for file, names, tests in EQUATIONS for m in mutants(file, names)
             if f"{file}.{m[0]}".startswith(args.only)]
     total = len(work)
     if args.sample:
         work = sorted(random.Random(args.seed).sample(work, min(args.sample, total)))
-    killed, survivors = 0, []
+    survivors = []
     with tempfile.TemporaryDirectory() as place:
         copied = Path(place) / "copy"
         shutil.copytree(ROOT, copied, ignore=shutil.ignore_patterns(
             ".*", "runs", "data", "__pycache__"))
-        for file, name, line, index, what, change, tests in work:
-            original = (ROOT / f"{file}.py").read_text()
+        for file, tests in {(file, tuple(tests)) for file, tests, *_ in work}:
+            if caught(copied, file, (ROOT / f"{file}.py").read_text(), tests):
+                sys.exit(f"{', '.join(tests)} fail as they stand, or take too long")
+        for file, tests, name, line, what, index, change in work:
             dead = caught(copied, file, broken(file, name, index, change), tests)
-            (copied / f"{file}.py").write_text(original)
-            killed += dead
+            (copied / f"{file}.py").write_text((ROOT / f"{file}.py").read_text())
+            print(f"{'caught  ' if dead else 'SURVIVED'} {file}.py:{line} {what}", flush=True)
             if not dead:
-                survivors.append(f"{file}.py:{line} {name}: {what}")
-            print(f"{'caught  ' if dead else 'SURVIVED'} {file}.py:{line} {name}: {what}",
-                  flush=True)
-    print(f"\n{killed} of {len(work)} mutants caught (of {total} there are)", *survivors, sep="\n")
+                reason = REASONS.get(f"{file}.{what}", "no reason known: a test is missing")
+                survivors.append(f"{file}.py:{line} {what}\n    {reason}")
+    share = 100 * (1 - len(survivors) / len(work))
+    print(f"\n{len(work) - len(survivors)} of {len(work)} mutants caught, {share:.1f} % (of {total} "
+          "there are); the others:", *survivors, sep="\n")
 
 
 if __name__ == "__main__":

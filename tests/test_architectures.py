@@ -41,15 +41,45 @@ def test_lsq_plus_value_and_gradients_match_the_closed_form():
     integers, step, zero = q.integers(x)
     np.testing.assert_array_equal(integers.detach().numpy(), n)
     torch.testing.assert_close((integers - zero) * step, out)
+    gradient, q.step.grad = q.step.grad, None
+    with torch.no_grad():
+        q.step.neg_()  # a step pushed through 0 means the same and learns on
+    assert torch.equal(q(x), out)
+    q(x).backward(grad.double())
+    assert torch.equal(q.step.grad, -gradient) and gradient != 0
+
+
+def test_lsq_plus_weights_have_lsqs_gradient_on_a_signed_grid():
+    q, w, grad = OffsetQuantizer(2, channels=3), 2 * normal(3, 40), normal(40)
+    with torch.no_grad():
+        q.step.copy_(torch.tensor([0.7, -0.5, 1.1]))
+    w.requires_grad_()
+    out = q(w)
+    out.backward(grad.expand(3, 40))
+    step = np.array([[0.7], [0.5], [1.1]])
+    v, g = w.detach().numpy() / step, grad.numpy()
+    inside, n = (v > -2) & (v < 1), np.clip(np.round(v), -2, 1)
+    np.testing.assert_allclose(out.detach().numpy(), n * step, rtol=1e-5)
+    np.testing.assert_array_equal(w.grad.numpy(), g * inside)
+    by_step = (g * np.where(inside, n - v, n)).sum(1) / math.sqrt(40 * 1) * [1, -1, 1]
+    np.testing.assert_allclose(q.step.grad.numpy(), by_step, rtol=1e-4)
 
 
 def test_lsq_plus_starts_at_three_deviations_and_at_the_least_error():
-    w, weights = 0.3 + normal(4, 50), OffsetQuantizer(3, channels=4)
+    w, weights = torch.tensor([[0.3], [0], [-0.3]]) + normal(3, 50), OffsetQuantizer(4, channels=3)
     weights.initialize(w)
     mean, std = w.numpy().mean(1), w.numpy().std(1)
-    expected = np.maximum(abs(mean - 3 * std), abs(mean + 3 * std)) / 4
+    expected = np.maximum(abs(mean - 3 * std), abs(mean + 3 * std)) / 8
     np.testing.assert_allclose(weights.step.detach().numpy(), expected, rtol=1e-5)
-    assert weights.offset is None and (weights.qmin, weights.qmax) == (-4, 3)
+    assert weights.offset is None and (weights.qmin, weights.qmax) == (-8, 7)
+    w[1] = 0  # a channel of zeros: the largest step of the others
+    weights.initialize(w)
+    assert weights.step[1].item() == pytest.approx(max(expected[0], expected[2]))
+    weights.initialize(0 * w)
+    assert weights.step.tolist() == [1, 1, 1]
+    two = OffsetQuantizer(1)
+    two.initialize(torch.tensor([0.3] * 70 + [1.0] * 30))
+    assert two.step.item() == pytest.approx(0.7) and two.offset.item() == pytest.approx(0.3)
     levels = torch.tensor([0.3, 1.0, 1.7, 2.4]).repeat(9)  # no grid with a zero fits these
     q = OffsetQuantizer(2)
     q.initialize(levels)
@@ -94,6 +124,9 @@ def test_pact_keeps_negative_values_of_signed_inputs():
     positive = ClipQuantizer(4)
     positive.initialize(x.relu())
     assert positive.zero_point == 0
+    negative = ClipQuantizer(4)
+    negative.initialize(-x.abs())
+    assert negative.zero_point == 14 and negative.alpha > 0  # 15 would leave nothing above 0
 
 
 @pytest.mark.parametrize("bits", [2, 4])
@@ -241,6 +274,20 @@ def test_first_and_last_layer_are_those_of_the_datas_way():
     assert bits == {"head": 8, "middle": 2, "stem": 8}
     assert model.again is model.middle and isinstance(model.unused, nn.Linear)
     assert common.export_int(model).keys() == bits.keys()
+
+
+def test_a_weight_computed_from_others_is_left_and_a_single_layer_is_one():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Flatten(), nn.LazyLinear(3))
+    model(torch.zeros(1, 3, 32, 32))
+    nn.utils.parametrizations.weight_norm(model[1])
+    model[2].initialize = lambda *_: pytest.fail("of the user's own, not a quantizer's")
+    with pytest.warns(UserWarning, match=r"full precision: 1 \(ParametrizedConv2d\)$"):
+        quantized = common.quantize(model, 2, 2)
+    common.calibrate(quantized, normal(4, 3, 32, 32))
+    assert isinstance(quantized[0], common.QuantConv2d) and len(quantized.state_dict()) == 15
+    single = common.quantize(nn.Linear(4, 2), 2, 2, example=torch.zeros(1, 4))
+    common.calibrate(single, normal(8, 4))
+    assert single(normal(8, 4)).shape == (8, 2) and single.weight_quantizer.bits == 8
 
 
 def test_inputs_of_another_shape_need_an_example():

@@ -167,6 +167,13 @@ def test_cifar10_and_fashion_mnist_are_read_where_they_lie(tmp_path, monkeypatch
     cifar = common.load_data("cifar10", tmp_path, train_size=3)
     assert sorted(cifar.train_labels.tolist()) == [0, 1, 2]
     assert cifar.mean[0].item() == pytest.approx(0.4914)
+    for error in (ValueError, AssertionError, EOFError):
+        def broken(*_, error=error):
+            raise error("of a file cut short")
+        monkeypatch.setattr(datasets, "CIFAR100", broken)
+        monkeypatch.setattr(broken, "url", "http://x/", raising=False)
+        with pytest.raises(common.UsageError, match="is damaged .of a file cut short"):
+            common.load_data("cifar100", tmp_path)
     grey = common.load_data("fashion_mnist", tmp_path)
     image = grey.train_padded[0, 2:-2, 2:-2, 0]
     assert image.shape == (32, 32) and (image[2:-2, 2:-2] == 7).all() and image.sum() == 7 * 28 * 28
@@ -328,8 +335,9 @@ def test_resume_is_bit_identical_and_a_finished_run_does_nothing(monkeypatch, ca
     for _ in range(2):
         code, out, _ = run("--resume")
         assert code == 0 and "fpq   seed 0  already trained" in out and results.read_text() == lines
-    code, _, err = run("--resume", "--lr", "0.5")
-    assert code == 2 and "was made with lr 0.02" in err
+    code, _, err = run("--resume", "--lr", "0.5")  # another run, beside the first
+    assert code == 0 and "was made by another command; starting afresh for this one" in err
+    assert len(list(tmp_path.glob("fpq-*.pt"))) == 2 and len(list(tmp_path.glob("fp-*.pt"))) == 1
     checkpoint.write_bytes(checkpoint.read_bytes()[:1000])
     code, _, err = run("--resume")
     assert code == 2 and "is damaged" in err and len(err.strip().splitlines()) == 1
@@ -386,12 +394,26 @@ def test_bad_arguments_end_in_one_line_and_exit_code_2(monkeypatch, capsys, tmp_
     assert code == 2 and says in err and len(err.strip().splitlines()) == 1
 
 
-def test_divergence_stops_with_exit_code_3(monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(fpq, "kd_loss", lambda *logits: torch.tensor(float("inf")))
+def test_divergence_stops_with_exit_code_3_and_keeps_the_last_good_checkpoint(
+        monkeypatch, capsys, tmp_path):
+    losses = []
+
+    def diverging(*logits):
+        losses.append(torch.tensor(0.0 if len(losses) < 5 else float("inf")))
+        return losses[-1]
+
+    monkeypatch.setattr(fpq, "kd_loss", diverging)
     code, err = in_process(monkeypatch, capsys, "--out", str(tmp_path), "--dataset", "shapes",
-                           "--dry-run", "--method", "lsq", "kd")
-    assert code == 3 and "--lr" in err
-    assert "kd: the loss is not finite from step 1 of epoch 1 on, learning rate 0.02;" in err
+                           "--train-size", "64", "--batch-size", "16", "--fp-epochs", "1",
+                           "--epochs", "3", "--method", "lsq", "kd")
+    assert code == 3 and len(err.strip().splitlines()) == 1
+    rate = f"{common.cosine_lr(5, 12, 0.02):.3g}"
+    assert f"not finite from step 2 of epoch 2 on, learning rate {rate}; try a smaller --lr" in err
+    (file,) = tmp_path.glob("fpq-kd-resnet8-shapes-w2a2-s0-*.pt")
+    kept = torch.load(file, weights_only=True)
+    assert len(kept["history"]) == 1 and all(v.isfinite().all() for v in kept["model"].values())
+    methods = [json.loads(x)["method"] for x in (tmp_path / "results.jsonl").open()]
+    assert methods == ["fp", "lsq"]
 
 
 def test_ctrl_c_ends_in_one_line_and_exit_code_130(tmp_path):

@@ -205,10 +205,13 @@ def test_weight_bins_and_entropy(calibrated):
     assert (cr_qat.weight_bins(calibrated) != bins).sum() == 1
     with torch.no_grad():
         for layer in layers:
-            half = torch.arange(layer.weight[0].numel()).reshape(layer.weight[0].shape) % 2 == 0
-            layer.weight.copy_(torch.where(half, -99.0, 99.0).expand_as(layer.weight))
-        layers[0].weight.fill_(99)  # of one value only: no entropy
-    assert cr_qat.weight_entropy(calibrated) == pytest.approx(7 / 8)
+            place = torch.arange(layer.weight[0].numel()).reshape(layer.weight[0].shape)
+            quarter = layer is layers[1]  # one value in four is another
+            minus = place % (4 if quarter else 2) == 0
+            layer.weight.copy_(torch.where(minus, -99.0, 99.0).expand_as(layer.weight))
+        layers[0].weight.fill_(99)  # all the same
+    expected = (0 + math.log2(4) - 0.75 * math.log2(3) + 6 * 1) / 8
+    assert cr_qat.weight_entropy(calibrated) == pytest.approx(expected)
 
 
 def test_sensitivity_is_nothing_without_noise_and_leaves_no_hook(calibrated, tiny_data):

@@ -66,6 +66,7 @@ def test_kurtosis_of_known_distributions():
     torch.manual_seed(0)
     assert flat_quant.excess_kurtosis(torch.randn(200_000)) == pytest.approx(0, abs=0.1)
     assert flat_quant.excess_kurtosis(torch.rand(200_000) * 3 + 1) == pytest.approx(-1.2, abs=0.02)
+    assert flat_quant.excess_kurtosis(torch.tensor([-1.0, 1.0])) == pytest.approx(-2)
 
 
 def test_weight_statistics_against_numpy_and_their_average_over_epochs(network):
@@ -247,13 +248,21 @@ def test_loss_under_noise_and_rank_correlation(network, tiny_data):
     images, labels = tiny_data.sample(256)
     clean = F.cross_entropy(network(images), labels).item()
     assert flat_quant.loss_under_noise(network, tiny_data, 0.0) == pytest.approx(clean)
-    assert flat_quant.loss_under_noise(network, tiny_data, 1.0) != pytest.approx(clean, rel=1e-3)
+    measured = flat_quant.loss_under_noise(network, tiny_data, 0.7)
     assert all(torch.equal(v, before[k]) for k, v in network.state_dict().items())
+    losses, noisy = [], copy.deepcopy(network)
+    torch.manual_seed(0)
+    for _ in range(4):
+        for name, layer in common.product_layers(noisy).items():
+            w = network.get_submodule(name).weight.detach()
+            nn.init.zeros_(layer.weight).data.add_(w + torch.randn(w.shape) * w.std() * 0.7)
+        losses.append(F.cross_entropy(noisy(images), labels).item())
+    assert measured == pytest.approx(np.mean(losses), rel=1e-5) != pytest.approx(clean, rel=1e-3)
     assert flat_quant.rank_correlation([1, 2, 30], [-5, 0, 0.1]) == pytest.approx(1)
     assert flat_quant.rank_correlation([1, 2, 3], [3, 2, 1]) == pytest.approx(-1)
 
 
-def test_ptq_takes_the_quantizer_that_measured(parse, tiny_data, network):
+def test_ptq_takes_the_quantizer_that_measured(parse, tiny_data, network, monkeypatch):
     args = parse("--ptq", "minmax")
     weight = network.blocks[0].conv2.weight.detach()
     for ptq, candidates in (("minmax", 1), ("mse", 100)):
@@ -262,6 +271,24 @@ def test_ptq_takes_the_quantizer_that_measured(parse, tiny_data, network):
         error = flat_quant.quantization_error(weight, common.Quantizer(3, channels=16), candidates)
         assert torch.equal(layer.weight_quantizer(layer.weight) - weight, error)
         assert layer.input_quantizer.bits == 4
+        noise = DifferentialWeightNoise(network, 3, candidates=candidates)
+        noise.measure()
+        index = [w is network.blocks[0].conv2.weight for w in noise.weights].index(True)
+        torch.testing.assert_close(getattr(noise, f"mean{index}"), error.mean((1, 2, 3)))
+    built = {}
+    for kind in ("DifferentialWeightNoise", "ActivationNoise"):
+        original = getattr(flat_quant, kind)
+        monkeypatch.setattr(flat_quant, kind, lambda *a, original=original, **k: built.setdefault(
+            original.__name__, original(*a, **k)))
+    flat_quant.train(parse("--ptq", "minmax"), tiny_data, "weight+activation", 0)
+    assert [noise.candidates for noise in built.values()] == [1, 1]
+
+
+def test_bits_beside_the_recipe_win(parse):
+    args = parse("--recipe", "paper", "--bits", "5")
+    assert (args.wbits, args.abits, args.model) == (5, 5, "resnet18")
+    args = parse("--recipe", "paper", "--abits", "3")
+    assert (args.wbits, args.abits) == (2, 3)
 
 
 def test_vit_shapes_and_that_every_product_is_quantized(tiny_data):

@@ -71,6 +71,7 @@ def test_series_outside_convergence_warns_and_is_exact_and_odd_orders_are_refuse
     assert series.item() == pytest.approx(by_hand)
     with pytest.raises(ValueError, match="even"):
         coding_length(z, eps2=2.0, order=3)
+    assert coding_length(math.nan * z, eps2=2.0, order=4).isnan()  # no error, but a loss of nan
 
 
 def test_one_expert_codes_as_much_as_all_rows_together():
@@ -129,6 +130,8 @@ def test_normalized_rows_are_centred_first_and_then_of_unit_norm():
     expected = F.normalize(features - features.mean(0), dim=1)
     torch.testing.assert_close(z, expected, rtol=1e-5, atol=0)
     torch.testing.assert_close(z.norm(dim=1), torch.ones(50).double(), rtol=1e-5, atol=0)
+    tiny = torch.tensor([[1e-3, 0], [-1e-3, 0]], dtype=torch.float64)  # 1e-6 of eps: 1 / sqrt(2)
+    assert normalized_rows(tiny)[0, 0].item() == pytest.approx(2**-0.5)
 
 
 @pytest.mark.parametrize("value", [0.0, 7.0])
@@ -149,6 +152,8 @@ def test_gates_sum_to_one_and_follow_the_magnitude_before_normalisation():
     torch.testing.assert_close(scale_gates(7 * magnitudes, 3), gates, rtol=1e-3, atol=1e-4)
     assert scale_gates(magnitudes, 1).eq(1).all()
     assert scale_gates(torch.ones(4), 2).eq(0.5).all()
+    near = torch.tensor([-2e-6, 2e-6], dtype=torch.float64).exp()  # width: half of 2e-6, plus 1e-6
+    assert scale_gates(near, 2)[0, 0].item() == pytest.approx(1 / (1 + math.exp(-1)), rel=1e-4)
     assert not scale_gates(magnitudes.requires_grad_(), 3).requires_grad
     torch.manual_seed(0)
     assert not torch.equal(mec_quant.random_gates(magnitudes.detach(), 3), gates)
@@ -165,7 +170,7 @@ def parse(monkeypatch, tmp_path, *flags):
 def test_loss_is_cross_entropy_minus_beta_times_the_relative_length(
         monkeypatch, tmp_path, tiny_data, method, flags):
     """The first step of the loop, rebuilt by hand: same gradients."""
-    args, seen = parse(monkeypatch, tmp_path, "--beta", "5", *flags), []
+    args, seen = parse(monkeypatch, tmp_path, "--beta", "5", "--method", method, *flags), []
     torch.manual_seed(0)
     network = common.build_model("resnet8", 10).eval()
 
@@ -264,7 +269,7 @@ def test_everything_as_a_user_runs_it(monkeypatch, capsys, tmp_path, flags, bits
 
 
 @pytest.mark.parametrize("flags,word", [(["--order", "3"], "even"), (["--bits", "0"], "1 to 8"),
-                                        (["--experts", "0"], "from 1"), (["--eps2", "0"], "from")])
+                                        (["--order", "2"], "--method mec"), (["--experts", "0"], "from 1"), (["--eps2", "0"], "from")])
 def test_bad_input_is_one_line(monkeypatch, capsys, tmp_path, flags, word):
     monkeypatch.setattr(sys, "argv", ["mec_quant.py", "--dry-run", "--out", str(tmp_path), *flags])
     with pytest.raises(SystemExit) as stop:

@@ -111,6 +111,39 @@ def test_forward_is_bit_equal_to_torch(bits):
     assert torch.equal(fake_quantize(x, step, zero, qmin, qmax)[~tie], theirs[~tie])
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+def test_half_precision_sums_the_steps_gradient_in_full(bits):
+    x = torch.randn(4, 8, 16, 16, generator=torch.Generator().manual_seed(0)).bfloat16()
+    grad = torch.randn(x.shape, generator=torch.Generator().manual_seed(1)).bfloat16()
+    results = []
+    for kind in (torch.bfloat16, torch.float64):
+        a, step = x.to(kind).requires_grad_(), torch.tensor(4 / 2**bits).requires_grad_()
+        out = fake_quantize(a, step, 2.0**bits / 2, 0, 2**bits - 1)
+        assert out.dtype == kind
+        results.append([t.double() for t in (out, *torch.autograd.grad(out, (a, step),
+                                                                       grad.to(kind)))])
+    for mine, exact in zip(*results):
+        torch.testing.assert_close(mine, exact, rtol=0.01, atol=0.01)
+
+
+@pytest.mark.parametrize("zero", [1.0, torch.tensor(1.0)])
+def test_what_is_compiled_equals_the_eager_quantizer(zero, monkeypatch):
+    x, grad = torch.randn(2, 60, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    results, function = [], common.straight_through
+    for compiled in ([], [lambda *args: function(*args)]):
+        monkeypatch.setattr(common, "COMPILED", compiled)
+        a, step = x.clone().requires_grad_(), torch.tensor(0.3).double().requires_grad_()
+        out = fake_quantize(a, step, zero, 0, 3, 0.1)
+        assert ("FakeQuantize" in out.grad_fn.name()) != bool(compiled)
+        results.append((out, *torch.autograd.grad(out, (a, step), grad)))
+        with torch.no_grad():
+            assert torch.equal(fake_quantize(a, step, zero, 0, 3), out)
+        per_row = fake_quantize(x.reshape(2, 30).requires_grad_(), step.repeat(2, 1), zero, 0, 3)
+        assert "FakeQuantize" in per_row.grad_fn.name()  # steps of channels stay eager
+    for mine, theirs in zip(*results):
+        torch.testing.assert_close(mine, theirs)
+
+
 def test_compiled_quantizer_agrees_with_the_eager_one():
     if not common.use_compiled(True):
         pytest.skip("nothing can be compiled here")
@@ -159,6 +192,7 @@ def test_eq4_eq5_min_max_golden():
 @pytest.mark.parametrize("bits,symmetric", [(2, False), (4, True), (8, False)])
 def test_initialize_finds_the_least_error_of_all_ranges(bits, symmetric):
     x = torch.randn(3, 500, generator=torch.Generator().manual_seed(0))
+    x[0].clamp_max_(1), x[1].clamp_min_(-1)  # one longer below 0, one longer above
     q = Quantizer(bits, symmetric, channels=3)
     q.initialize(x)
 
@@ -196,6 +230,11 @@ def test_degenerate_inputs_stay_finite(x, channels, step):
     q, x = Quantizer(2, channels=channels), x.clone().requires_grad_()
     q.initialize(x.detach())
     assert (q.step > 0).all() and ((q.zero_point >= 0) & (q.zero_point <= 3)).all()
+    if x.any() and channels and not x[0].any():  # a channel of zeros: the widest of the others
+        widest = (x.amax(1).clamp_min(0) - x.amin(1).clamp_max(0)).max().item() / 3
+        assert q.step[0].item() == pytest.approx(widest)
+    if not x.any():
+        assert q.step.eq(1).all()
     if step is not None:
         nn.init.constant_(q.step, step)
     out = q(x)

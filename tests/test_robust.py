@@ -209,6 +209,7 @@ class Trap:
 @pytest.mark.parametrize("how,says", [
     ("pickle", "is damaged or none of ours"), ("foreign", "is damaged or none of ours"),
     ("empty", "is damaged or none of ours"), ("half", "is damaged or none of ours"),
+    ("flipped", "is damaged or none of ours"), ("incomplete", "is damaged or none of ours"),
     ("model", "with model vit_tiny, this command says resnet8"),
     ("wbits", "with wbits 7, this command says 2"),
     ("dataset", "with dataset moons, this command says folder")])
@@ -227,6 +228,17 @@ def test_checkpoints_that_do_not_fit_are_refused_and_run_no_code(
         file.write_bytes(b"")
     elif how == "half":
         file.write_bytes(file.read_bytes()[:len(file.read_bytes()) // 2])
+    elif how == "flipped":  # one byte of a weight
+        torch.save(torch.load(file, weights_only=True), file)
+        content = bytearray(file.read_bytes())
+        weight = torch.load(file, weights_only=True)["model"]["fc.weight"]
+        at = content.index(weight.numpy().tobytes()[:64])
+        content[at + 2] ^= 1
+        file.write_bytes(content)
+    elif how == "incomplete":
+        state = torch.load(file, weights_only=True)
+        del state["optimizer"]
+        torch.save(state, file)
     else:
         state = torch.load(file, weights_only=True)
         state["header"][how] = {"model": "vit_tiny", "wbits": "7", "dataset": "moons"}[how]
@@ -235,6 +247,21 @@ def test_checkpoints_that_do_not_fit_are_refused_and_run_no_code(
     code, err = start("fpq", monkeypatch, capsys, *flags, "--resume")
     assert code == 2 and says in err and len(err.strip().splitlines()) == 1
     assert file.read_bytes() == before and not (tmp_path / "trap").exists()
+
+
+def test_checkpoints_of_an_older_command_do_not_stand_in_the_way(drive, folder, tmp_path):
+    """A whole run with one rate, one with another killed, which is then resumed."""
+    flags = [*SHORT, "--data-dir", str(folder), "--method", "lsq", "sfp"]
+    other = [*flags, "--lr", "0.05", "--out"]
+    assert drive("fpq", [*flags, "--out", str(tmp_path / "cut")])[1] == 0
+    older = {p: p.read_bytes() for p in (tmp_path / "cut").glob("fpq-*.pt")}
+    assert drive("fpq", [*other, str(tmp_path / "cut")], (2, "after"))[1] == 9  # within lsq
+    assert drive("fpq", [*other, str(tmp_path / "cut"), "--resume"])[1] == 0
+    assert drive("fpq", [*other, str(tmp_path / "one")])[1] == 0
+    for file in (tmp_path / "one").glob("*.pt"):
+        states = [torch.load(tmp_path / d / file.name, weights_only=True) for d in ("one", "cut")]
+        assert same(*map(timeless, states)), file.name
+    assert older == {p: p.read_bytes() for p in older}
 
 
 def append_many(out: Path, who: int) -> None:
@@ -262,7 +289,8 @@ def test_full_disk_is_one_line_and_leaves_nothing_half_written(folder, tmp_path)
         capture_output=True, text=True, timeout=120,
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)))
     assert run.returncode == 2, run.stderr
-    assert len(run.stderr.strip().splitlines()) == 1 and "fp-resnet8" in run.stderr
+    assert len(run.stderr.strip().splitlines()) == 1
+    assert "fp-resnet8" in run.stderr and "cannot be written: File too large" in run.stderr
     assert [p.name for p in out.iterdir()] == ["results.jsonl"]
 
 
@@ -293,7 +321,7 @@ GARBAGE = {  # per flag what it must refuse; lists are several values
         "--fp-epochs": ["0", "-2", "many"], "--batch-size": [*NUMBERS, "0", "1", "1.0", "9999999"],
         "--lr": ["", "x", "nan", "inf", "0", "-0.1", "1e4"],
         "--weight-decay": ["nan", "-1", "2", "inf"], "--seed": ["x", "-1", "1.5", ["3", "3"], []],
-        "--fp-seed": ["x", "-1"], "--device": ["gpu", "", "cuda:99", "abacus"],
+        "--fp-seed": ["x", "-1"], "--device": ["gpu", "", "cuda:99", "abacus", "hpu"],
         "--data-dir": ["/nowhere", "", "/dev/null"],
         "--out": ["/proc/x", "/dev/null", "/dev/null/a"],
         "--recipe": ["nips"], "--resume": ["yes"], "--frobnicate": ["1"]},
@@ -306,7 +334,7 @@ GARBAGE = {  # per flag what it must refuse; lists are several values
                   "--order": ["3", "0", "x"], "--experts": ["0", "-1", "x"], "--branch": ["both"],
                   "--method": ["moe"]},
     "flat_quant": {"--noise-lambda": [*NUMBERS], "--ramp-epochs": ["-1"], "--rho": ["2", "nan"],
-                   "--sam-rho": ["-1", "inf"], "--noise-bits": ["0", "9"], "--ptq": ["adaround"],
+                   "--sam-rho": ["-1", "inf"], "--ptq": ["adaround"], "--noise-bits": ["0", "9"],
                    "--method": ["sgd+adam", "weight+", "+"]}}
 CASES = [(script, flag, value) for scripts, flags in GARBAGE.items()
          for script in scripts.split() for flag, values in flags.items() for value in values]
@@ -357,16 +385,21 @@ def test_equal_black_images_run(script, folder, tmp_path, monkeypatch, capsys):
 def test_a_learning_rate_that_blows_up_stops_with_exit_code_3(
         folder, tmp_path, monkeypatch, capsys):
     code, err = start("fpq", monkeypatch, capsys, *SHORT, "--data-dir", str(folder), "--out",
-                      str(tmp_path), "--method", "fpq", "--lr", "1000", "--weight-decay", "1",
-                      "--epochs", "30")
+                      str(tmp_path), "--method", "fpq", "--lr", "1000", "--weight-decay", "1")
     assert code == 3 and "not finite from step" in err and len(err.strip().splitlines()) == 1
-    for file in tmp_path.glob("*.pt"):  # the last good one, if there was one
-        assert all(t.isfinite().all() for t in torch.load(file, weights_only=True)["model"].values()
-                   if t.is_floating_point())
+    assert "smaller --lr" in err
+    code, err = start("mec_quant", monkeypatch, capsys, *SHORT, "--data-dir", str(folder), "--out",
+                      str(tmp_path), "--method", "mec", "--order", "4", "--lr", "1000",
+                      "--weight-decay", "1", "--diagnose")
+    assert code == 3 and len(err.strip().splitlines()) == 1, err
+    code, err = start("flat_quant", monkeypatch, capsys, *SHORT, "--data-dir", str(folder), "--out",
+                      str(tmp_path), "--method", "additive", "--noise-lambda", "1000",
+                      "--ramp-epochs", "0", "--fp-epochs", "9")
+    assert code == 3 and "--batch-size" in err and "--lr" not in err, err  # which it does not take
 
 
 BAD_FOLDERS = ["corrupt", "empty class", "missing in test", "one class", "text as png", "no train",
-               "files in place of folders", "truncated", "directory named png"]
+               "files in place of folders", "truncated", "directory named png", "float tiff"]
 
 
 @pytest.mark.parametrize("how", BAD_FOLDERS)
@@ -380,6 +413,8 @@ def test_bad_folders_are_one_line(how, folder, tmp_path, monkeypatch, capsys):
         first.write_bytes(first.read_bytes()[:900])
     elif how == "text as png":
         first.write_text("not an image")
+    elif how == "float tiff":
+        Image.fromarray(np.zeros((32, 32), np.float32)).save(first.with_suffix(".tiff"))
     elif how == "empty class":
         (root / "train" / "dog").mkdir()
         (root / "test" / "dog").mkdir()
@@ -405,17 +440,30 @@ def test_bad_folders_are_one_line(how, folder, tmp_path, monkeypatch, capsys):
     assert not [p for p in (tmp_path / "out").rglob("*") if p.is_file() and p.stat().st_size]
 
 
+def test_a_data_directory_that_cannot_be_written_is_one_line(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(common, "reachable", lambda url: True)
+    (tmp_path / "data").write_text("")  # root may write into a read-only one; into this none may
+    for name in ("cifar10", "cifar100", "fashion_mnist"):
+        code, err = start("fpq", monkeypatch, capsys, "--dataset", name, "--data-dir",
+                          str(tmp_path / "data"), "--out", str(tmp_path / "out"))
+        assert code == 2 and f"{name} could not be downloaded" in err
+        assert len(err.strip().splitlines()) == 1 and not list(tmp_path.rglob("*.pt"))
+
+
 def test_sixteen_bit_grey_rgba_and_odd_sizes_are_read_as_what_they_show(folder, tmp_path):
     root = tmp_path / "images"
     shutil.copytree(folder, root)
     ant = root / "train" / "ant"
     Image.fromarray(np.full((40, 20), 128 * 257, np.uint16)).save(ant / "0.png")
+    Image.fromarray(np.full((32, 32), 128 * 257, np.int32)).save(ant / "4.tiff")
+    Image.fromarray(np.full((32, 32), 128 * 257, np.uint16)).save(ant / "5.pgm")
+    Image.fromarray(np.full((32, 32), 128, np.int32)).save(ant / "6.tiff")
     Image.new("RGBA", (64, 64), (128, 128, 128, 255)).save(ant / "1.png")
     Image.new("L", (7, 7), 128).save(ant / "2.png")
     Image.new("P", (32, 32), 0).save(ant / "3.png")
     (ant / "notes.txt").write_text("no image, and not looked at")
     data = common.load_data("folder", root)
-    order = sorted(p.name for p in ant.glob("*.png"))
-    images = data.train_padded[:12, 2:-2, 2:-2]
-    for name in ("0.png", "1.png", "2.png"):
+    order = sorted(p.name for p in ant.iterdir() if p.suffix != ".txt")
+    images = data.train_padded[:len(order), 2:-2, 2:-2]
+    for name in ("0.png", "1.png", "2.png", "4.tiff", "5.pgm", "6.tiff"):
         assert (images[order.index(name)] == 128).all(), name
