@@ -100,8 +100,8 @@ def base_parser(description: str, fewest_bits: int = 2) -> Parser:
 
 
 def parse(parser: Parser, recipe: dict) -> argparse.Namespace:
-    """The command line. `--recipe paper` puts `recipe` in place of the defaults and prints it; flags
-    given beside it win, and so does --bits over the recipe's wbits and abits."""
+    """The command line. `--recipe paper` puts `recipe` in place of the defaults and prints it;
+    flags given beside it win, and so does --bits over the recipe's wbits and abits."""
     parser.add_argument("--recipe", choices=["paper"], help=f"the published schedule: {recipe}")
     if parser.parse_args().recipe:
         if any(word.split("=")[0] == "--bits" for word in sys.argv):
@@ -194,8 +194,8 @@ class Run:
         result = run.finish()                      # the line in results.jsonl
 
     Randomness restarts from (seed, epoch), so resuming at an epoch's start is bit-identical.
-    `header` names all that made the run; a digest of it is in the checkpoint's name, and a file that
-    holds another one is refused. What else training depends on (an average of the weights,
+    `header` names all that made the run; a digest of it is in the checkpoint's name, and a file
+    that holds another one is refused. What else training depends on (an average of the weights,
     statistics of noise) goes into `extras`: objects with state_dict and load_state_dict, by name.
     """
 
@@ -1296,8 +1296,9 @@ def calibrate(qmodel: nn.Module, images: Tensor, candidates: int = 100) -> None:
     """Set steps and zero points from one pass of `images` (the paper takes 100), layer by layer,
     each layer seeing its input as the quantized layers before it make it. `candidates`: 1 takes
     the range of the data, more search for the one of least error (see `Quantizer.initialize`)."""
+    kinds = Quantizer, OffsetQuantizer, ClipQuantizer
     hooks = [m.register_forward_pre_hook(lambda q, inputs: q.initialize(inputs[0], candidates))
-             for m in qmodel.modules() if isinstance(m, (Quantizer, OffsetQuantizer, ClipQuantizer))]
+             for m in qmodel.modules() if isinstance(m, kinds)]
     training = qmodel.training
     qmodel.eval()(images)
     qmodel.train(training)

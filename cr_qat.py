@@ -11,18 +11,18 @@ That needs no label, so images without one can take part (`--labels N` keeps N l
 Only the paper's abstract and summaries of it were at hand. The rest is rebuilt on its ancestor, the
 mean teacher (Tarvainen & Valpola 2017): formulas, schedule and constants below are choices.
 
-    here                                                                               from
-    a(x), a'(x)            two independent draws of run.batches((student, teacher))    paper
-    L_con = KL(T || S)     consistency_loss(student_logits, teacher_logits)            paper, choice
-    lambda(t)              ramp_up(t, T) times --lambda-max                            ancestor
-    theta_T                ema_update, over weights, batch norm and steps              paper, choice
-    L = CE + lambda L_con  train()                                                     paper, choice
+    symbol                 here                                                from
+    a(x), a'(x)            two draws of run.batches(), then distort            summaries
+    L_con = KL(p_T || p_S) consistency_loss(student_logits, teacher_logits)    summaries, choice
+    lambda(t)              ramp_up(t, T) times --lambda-max, T epochs long     ancestor
+    theta_T                ema_update, over weights, batch norm and steps      summaries, choice
+    L = CE + lambda L_con  train()                                             summaries, choice
 
     python cr_qat.py --bits 2 --dataset shapes           full precision -> LSQ -> CR, 2 minutes
     python cr_qat.py --bits 2 --controls --diagnose      what else could explain a gain; sensitivity
 
 Measured, 20,000 CIFAR-10 images, resnet8, W2A2, 15 + 6 epochs, one seed: full precision 76.26 %,
-LSQ 73.10, CR 73.48, LSQ on two labelled views 73.73: no gain that the controls do not have too.
+LSQ 73.10, CR 73.48, LSQ on two labelled views 73.73. Commands and more in the README.
 """
 
 import argparse
@@ -79,7 +79,7 @@ def consistency_loss(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
     """L_con, mean over the batch of the Kullback-Leibler divergence of the student's prediction
     from the teacher's; no gradient goes to the teacher. Temperature 1 and direction are choices.
 
-        KL(T || S) = sum_c p_T(c) (log p_T(c) - log p_S(c))        logits: N x classes
+        KL(p_T || p_S) = sum_c p_T(c) (log p_T(c) - log p_S(c))        logits: N x classes
     """
     student, teacher = student_logits.log_softmax(1), teacher_logits.detach().log_softmax(1)
     return F.kl_div(student, teacher, log_target=True, reduction="batchmean")
@@ -143,7 +143,7 @@ def train(args: argparse.Namespace, data: Data, method: str, seed: int, network:
     student, by = quantize(network, args.wbits, args.abits, args.quantizer), METHODS[method]
     calibrate(student, data.sample(100)[0])
     optimizer = sgd(student, args.lr, args.weight_decay)
-    average = averaged(student, 0 if by == "student" else args.ema)
+    average = averaged(student, 0 if by == "student" else args.ema)  # 0: a copy of the student
     teacher = network if by == "full precision" else average
     run = Run(args, data, student, optimizer, name or method, seed, args.epochs, args.lr,
               extras={"average": average})

@@ -107,8 +107,8 @@ def changes(node: ast.AST) -> list:
 def mutants(file: str, names: list[str]) -> list[tuple[str, int, str, int, int]]:
     """(function, line, what is done, index of the node in a walk, index of the change)."""
     found = functions(ast.parse((ROOT / f"{file}.py").read_text()))
-    return [(name, node.lineno, f"{name}: {ast.unparse(node)[:60]}: {what}", i, j) for name in names
-            for i, node in enumerate(ast.walk(found[name]))
+    return [(name, node.lineno, f"{name}: {ast.unparse(node)[:60]}: {what}", i, j)
+            for name in names for i, node in enumerate(ast.walk(found[name]))
             for j, (what, _) in enumerate(changes(node))]
 
 
@@ -120,7 +120,7 @@ def broken(file: str, name: str, index: int, change: int) -> str:
 
 
 def caught(directory: Path, file: str, source: str, tests: list[str], seconds: int = 300) -> bool:
-    """Whether a test fails. The child is forked, as importing torch takes longer than most tests."""
+    """Whether a test fails. The child is forked: importing torch takes longer than most tests."""
     (directory / f"{file}.py").write_text(source)
     child = os.fork()
     if child == 0:

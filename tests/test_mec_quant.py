@@ -269,7 +269,8 @@ def test_everything_as_a_user_runs_it(monkeypatch, capsys, tmp_path, flags, bits
 
 
 @pytest.mark.parametrize("flags,word", [(["--order", "3"], "even"), (["--bits", "0"], "1 to 8"),
-                                        (["--order", "2"], "--method mec"), (["--experts", "0"], "from 1"), (["--eps2", "0"], "from")])
+                                        (["--order", "2"], "--method mec"),
+                                        (["--experts", "0"], "from 1"), (["--eps2", "0"], "from")])
 def test_bad_input_is_one_line(monkeypatch, capsys, tmp_path, flags, word):
     monkeypatch.setattr(sys, "argv", ["mec_quant.py", "--dry-run", "--out", str(tmp_path), *flags])
     with pytest.raises(SystemExit) as stop:
