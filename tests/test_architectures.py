@@ -329,7 +329,7 @@ def overfit(name, quantizer, wbits, abits, data):
     network = common.build_model(name, 10, depth=1)
     update_bn([images], network)
     student = common.quantize(network, wbits, abits, quantizer)
-    common.calibrate(student, images)
+    common.calibrate(student, images, candidates=20)
     optimizer, losses = common.sgd(student.train(), 0.02, 0), []
     for _ in range(12):
         loss = F.cross_entropy(student(images), labels)
@@ -355,6 +355,8 @@ def test_matrix_runs(script, model, quantizer, wbits, abits, tmp_path, monkeypat
     monkeypatch.setattr(sys, "argv", [
         f"{script}.py", "--dataset", "shapes", "--dry-run", "--out", str(tmp_path), "--depth", "2",
         "--model", model, "--quantizer", quantizer, "--wbits", str(wbits), "--abits", str(abits)])
+    monkeypatch.setattr(common.calibrate.__wrapped__, "__defaults__", (10,))  # of 100 candidates
+    monkeypatch.setattr("flat_quant.CANDIDATES", {"mse": 10, "minmax": 1})
     importlib.import_module(script).main()
     shown = capsys.readouterr().out
     assert "nan" not in shown and "test acc" in shown
