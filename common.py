@@ -790,7 +790,9 @@ def build_model(name: str, classes: int, depth: int = 4) -> nn.Module:
         model = models.mobilenet_v2(num_classes=classes, dropout=0.0)
         model.features[0][0].stride = model.features[2].conv[1][0].stride = (1, 1)
         return model
-    model = {"resnet18": models.resnet18, "resnet50": models.resnet50}[name](num_classes=classes)
+    kind = {"resnet18": models.resnet18, "resnet50": models.resnet50}[name]
+    # Blocks start as the identity, so that depth multiplies no error while little is learned.
+    model = kind(num_classes=classes, zero_init_residual=True)
     model.conv1 = nn.Conv2d(3, 64, 3, 1, 1, bias=False)  # the usual stem for 32 x 32 images
     model.maxpool = nn.Identity()
     return model

@@ -350,11 +350,17 @@ MATRIX = [pytest.param(*case, marks=[] if case in FEW else pytest.mark.matrix)
               SCRIPTS, common.MODELS, common.QUANTIZERS, BITS))]
 
 
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory):
+    return tmp_path_factory.mktemp("matrix")  # where full precision is trained once per network
+
+
 @pytest.mark.parametrize("script,model,quantizer,wbits,abits", MATRIX)
-def test_matrix_runs(script, model, quantizer, wbits, abits, tmp_path, monkeypatch, capsys):
+def test_matrix_runs(script, model, quantizer, wbits, abits, shared, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [
-        f"{script}.py", "--dataset", "shapes", "--dry-run", "--out", str(tmp_path), "--depth", "2",
-        "--model", model, "--quantizer", quantizer, "--wbits", str(wbits), "--abits", str(abits)])
+        f"{script}.py", "--dataset", "shapes", "--dry-run", "--out", str(shared), "--depth", "2",
+        "--train-size", "20", "--batch-size", "10", "--model", model, "--quantizer", quantizer,
+        "--wbits", str(wbits), "--abits", str(abits)])
     monkeypatch.setattr(common.calibrate.__wrapped__, "__defaults__", (10,))  # of 100 candidates
     monkeypatch.setattr("flat_quant.CANDIDATES", {"mse": 10, "minmax": 1})
     importlib.import_module(script).main()
