@@ -1297,15 +1297,44 @@ def quantize(model: nn.Module, wbits: int, abits: int, method: str = "lsq",
 def calibrate(qmodel: nn.Module, images: Tensor, candidates: int = 100) -> None:
     """Set steps and zero points from one pass of `images` (the paper takes 100), layer by layer,
     each layer seeing its input as the quantized layers before it make it. `candidates`: 1 takes
-    the range of the data, more search for the one of least error (see `Quantizer.initialize`)."""
-    kinds = Quantizer, OffsetQuantizer, ClipQuantizer
-    hooks = [m.register_forward_pre_hook(lambda q, inputs: q.initialize(inputs[0], candidates))
-             for m in qmodel.modules() if isinstance(m, kinds)]
+    the range of the data, more search for the one of least error (see `Quantizer.initialize`).
+    Batch norm is in eval mode; only if that leaves quantizers that are dead in training, as few
+    bits can where depth multiplies their errors, its batch statistics are taken [choice]."""
     training = qmodel.training
-    qmodel.eval()(images)
+    pass_through(qmodel.eval(), images, candidates)
     qmodel.train(training)
+    if len(images) < 2 or not any(isinstance(m, nn.BatchNorm2d) for m in qmodel.modules()):
+        return
+    probe = copy.deepcopy(qmodel).train()
+    if pass_through(probe, images):  # some are dead in training: start from what they see there
+        pass_through(probe, images, candidates)
+        for mine, its in zip(qmodel.modules(), probe.modules()):
+            if isinstance(mine, ACTIVATION_AND_WEIGHT):
+                mine.load_state_dict(its.state_dict())
+
+
+ACTIVATION_AND_WEIGHT = (Quantizer, OffsetQuantizer, ClipQuantizer)  # that take a start from data
+
+
+def pass_through(qmodel: nn.Module, images: Tensor, candidates: int = 0) -> bool:
+    """Send `images` through, each quantizer taking its start from what it meets if there are
+    `candidates`; whether one is dead, which makes one value of inputs that are not all the same."""
+    def before(quantizer, inputs):
+        if candidates:
+            quantizer.initialize(inputs[0], candidates)
+
+    def after(quantizer, inputs, x_hat):
+        constant = [t.amin() == t.amax() for t in (x_hat, inputs[0])]
+        dead.append(constant[0] & ~constant[1])
+
+    dead, hooks = [], []
+    for m in qmodel.modules():
+        if isinstance(m, ACTIVATION_AND_WEIGHT):
+            hooks += [m.register_forward_pre_hook(before), m.register_forward_hook(after)]
+    qmodel(images)
     for hook in hooks:
         hook.remove()
+    return bool(dead) and torch.stack(dead).any().item()
 
 
 @torch.no_grad()

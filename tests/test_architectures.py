@@ -1,5 +1,6 @@
 """LSQ+ and PACT beside LSQ; every network; the matrix script x network x quantizer x bits."""
 
+import copy
 import importlib
 import itertools
 import math
@@ -320,6 +321,21 @@ def test_attention_that_bypasses_its_layers_is_named():
 
 
 # --------------------------------------------------------------------------------------- the matrix
+
+
+def test_calibration_leaves_no_quantizer_dead_in_training():
+    torch.manual_seed(0)
+    images, network = normal(16, 3, 32, 32), common.mobilenet_v1(10)
+    update_bn([images], network)
+    model = common.quantize(network, 2, 2, "pact")
+    common.pass_through(model.eval(), images, 10)  # by running statistics only
+    assert common.pass_through(copy.deepcopy(model).train(), images)
+    before = {k: v.clone() for k, v in model.state_dict().items() if "running" in k}
+    common.calibrate(model, images, 10)
+    assert not common.pass_through(copy.deepcopy(model).train(), images)
+    assert all(torch.equal(v, model.state_dict()[k]) for k, v in before.items())
+    F.cross_entropy(model.train()(images), torch.arange(16) % 10).backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters())
 
 
 def overfit(name, quantizer, wbits, abits, data):

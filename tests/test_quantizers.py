@@ -127,7 +127,7 @@ def test_half_precision_sums_the_steps_gradient_in_full(bits):
 
 
 @pytest.mark.parametrize("zero", [1.0, torch.tensor(1.0)])
-def test_what_is_compiled_equals_the_eager_quantizer(zero, monkeypatch):
+def test_straight_through_equals_the_eager_quantizer(zero, monkeypatch):
     x, grad = torch.randn(2, 60, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     results, function = [], common.straight_through
     for compiled in ([], [lambda *args: function(*args)]):
