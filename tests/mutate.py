@@ -89,6 +89,7 @@ REASONS = {  # survivors that no test could or need catch
     "common.OffsetQuantizer.initialize: -start.zero_point: - dropped": START,
     "common.OffsetQuantizer.initialize: 20: 20 -> 40": "more rounds than it needs",
     "common.OffsetQuantizer.initialize: 65536: 65536 -> 131072": SAMPLE,
+    "common.OffsetQuantizer.initialize: 1: 1 -> 2": SAMPLE,
     "common.ClipQuantizer.initialize: 100: 100 -> 200": "a finer search; `calibrate` names 100",
     "fpq.stochastic_feature_perturbation: x + delta.mul_(step.detach()): Add -> Sub": SYMMETRIC,
     "cr_qat.distort: view + 0.1 * torch.randn_like(view): Add -> Sub": SYMMETRIC,

@@ -249,6 +249,7 @@ def test_cosine_lr():
     assert common.cosine_lr(50, 100, 2.0) == pytest.approx(1)
     assert common.cosine_lr(100, 100, 2.0) == pytest.approx(0)
     rising = [common.cosine_lr(i, 100, 2.0, warmup=0.2) for i in range(21)]
+    assert common.cosine_lr(60, 100, 2.0, warmup=0.2) == pytest.approx(1)  # half of what is left
     assert rising == sorted(rising) and rising[0] == pytest.approx(2 / 21) and rising[20] == 2
 
 
