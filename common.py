@@ -37,7 +37,6 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
-from torch.optim.swa_utils import update_bn
 
 MODELS = ["resnet8", "resnet20", "resnet18", "resnet50", "mobilenet_v1", "mobilenet_v2", "vit_tiny"]
 QUANTIZERS = ["lsq", "lsq+", "pact"]
@@ -791,8 +790,7 @@ def build_model(name: str, classes: int, depth: int = 4) -> nn.Module:
         model.features[0][0].stride = model.features[2].conv[1][0].stride = (1, 1)
         return model
     kind = {"resnet18": models.resnet18, "resnet50": models.resnet50}[name]
-    # Blocks start as the identity, so that depth multiplies no error while little is learned.
-    model = kind(num_classes=classes, zero_init_residual=True)
+    model = kind(num_classes=classes)
     model.conv1 = nn.Conv2d(3, 64, 3, 1, 1, bias=False)  # the usual stem for 32 x 32 images
     model.maxpool = nn.Identity()
     return model
@@ -834,10 +832,6 @@ def full_precision(args: argparse.Namespace, data: Data) -> tuple[nn.Module, dic
             loss.backward()
             optimizer.step()
             run.log(loss=loss)
-    if args.dry_run:  # two steps leave batch norm's running statistics at their start; a deep
-        # network calibrated by those would be dead, and say nothing about what a real run does
-        update_bn((images for images, _ in data.batches(64, torch.Generator().manual_seed(0))),
-                  model)
     return model.eval(), run.finish(32, 32)
 
 
@@ -1294,47 +1288,33 @@ def quantize(model: nn.Module, wbits: int, abits: int, method: str = "lsq",
 
 
 @torch.no_grad()
-def calibrate(qmodel: nn.Module, images: Tensor, candidates: int = 100) -> None:
+def calibrate(qmodel: nn.Module, images: Tensor, candidates: int = 100,
+              trained: bool = True) -> None:
     """Set steps and zero points from one pass of `images` (the paper takes 100), layer by layer,
     each layer seeing its input as the quantized layers before it make it. `candidates`: 1 takes
     the range of the data, more search for the one of least error (see `Quantizer.initialize`).
-    Batch norm is in eval mode; only if that leaves quantizers that are dead in training, as few
-    bits can where depth multiplies their errors, its batch statistics are taken [choice]."""
-    training = qmodel.training
-    pass_through(qmodel.eval(), images, candidates)
-    qmodel.train(training)
-    if len(images) < 2 or not any(isinstance(m, nn.BatchNorm2d) for m in qmodel.modules()):
-        return
-    probe = copy.deepcopy(qmodel).train()
-    if pass_through(probe, images):  # some are dead in training: start from what they see there
-        pass_through(probe, images, candidates)
-        for mine, its in zip(qmodel.modules(), probe.modules()):
-            if isinstance(mine, ACTIVATION_AND_WEIGHT):
-                mine.load_state_dict(its.state_dict())
-
-
-ACTIVATION_AND_WEIGHT = (Quantizer, OffsetQuantizer, ClipQuantizer)  # that take a start from data
-
-
-def pass_through(qmodel: nn.Module, images: Tensor, candidates: int = 0) -> bool:
-    """Send `images` through, each quantizer taking its start from what it meets if there are
-    `candidates`; whether one is dead, which makes one value of inputs that are not all the same."""
+    Batch norm normalises by these images, as in the training to come [choice]: by its running
+    statistics, which are those of full precision, few bits leave deep quantizers with inputs far
+    from those of training, even dead. `trained` False, for no training to come, takes those.
+    Either way they stay as they are."""
     def before(quantizer, inputs):
-        if candidates:
-            quantizer.initialize(inputs[0], candidates)
+        quantizer.initialize(inputs[0], candidates)
 
-    def after(quantizer, inputs, x_hat):
-        constant = [t.amin() == t.amax() for t in (x_hat, inputs[0])]
-        dead.append(constant[0] & ~constant[1])
-
-    dead, hooks = [], []
-    for m in qmodel.modules():
-        if isinstance(m, ACTIVATION_AND_WEIGHT):
-            hooks += [m.register_forward_pre_hook(before), m.register_forward_hook(after)]
-    qmodel(images)
-    for hook in hooks:
-        hook.remove()
-    return bool(dead) and torch.stack(dead).any().item()
+    training = qmodel.training
+    norms = [m for m in qmodel.eval().modules() if trained
+             and isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
+    for m in norms:
+        m.training, m.track_running_stats = True, False
+    hooks = [m.register_forward_pre_hook(before) for m in qmodel.modules()
+             if isinstance(m, (Quantizer, OffsetQuantizer, ClipQuantizer, TanhQuantizer))]
+    try:
+        qmodel(images)
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for m in norms:
+            m.track_running_stats = True
+        qmodel.train(training)
 
 
 @torch.no_grad()

@@ -271,23 +271,27 @@ def test_quantize_copies_and_keeps_first_and_last_layer_at_8_bits(tiny_data):
     assert model.conv.weight.abs().sum() > 0
 
 
-def test_calibration_is_layer_after_layer_and_leaves_no_trace(tiny_data, calibrated):
+@pytest.mark.parametrize("trained", [True, False])
+def test_calibration_is_layer_after_layer_and_leaves_no_trace(trained, tiny_data, calibrated):
     again = copy.deepcopy(calibrated).train()
-    images = tiny_data.sample(16)[0]
+    images = 3 * tiny_data.sample(16)[0]
     before = {k: v.clone() for k, v in again.state_dict().items()}
-    common.calibrate(again, images)
-    assert again.training
-    assert all(torch.equal(v, before[k]) for k, v in again.state_dict().items())  # BN untouched too
+    common.calibrate(again, images, trained=trained)
+    assert again.training and all(m.track_running_stats for m in again.modules()
+                                  if isinstance(m, nn.BatchNorm2d))
+    assert all(torch.equal(v, before[k]) for k, v in again.state_dict().items()
+               if "running" in k or "tracked" in k)
     assert not any(m._forward_pre_hooks for m in again.modules())
-    # The second layer's step is the one that the quantized, not the float, first layer asks
+    # A later layer's step is the one that the quantized, not the float, layers before it ask, and
+    # their batch norm as it is in training, or in evaluation.
     seen = []
-    hook = again.blocks[0].conv1.input_quantizer.register_forward_pre_hook(
+    hook = again.blocks[1].conv2.input_quantizer.register_forward_pre_hook(
         lambda q, inputs: seen.append(inputs[0]))
-    again.eval()(images)
+    again.train(trained)(images)
     hook.remove()
     fresh = Quantizer(2)
     fresh.initialize(seen[0])
-    assert torch.equal(fresh.step, again.blocks[0].conv1.input_quantizer.step)
+    assert torch.equal(fresh.step, again.blocks[1].conv2.input_quantizer.step)
 
 
 def test_saved_and_loaded_network_gives_the_same_logits(tmp_path, tiny_data, calibrated):
