@@ -1289,19 +1289,21 @@ def quantize(model: nn.Module, wbits: int, abits: int, method: str = "lsq",
 
 @torch.no_grad()
 def calibrate(qmodel: nn.Module, images: Tensor, candidates: int = 100,
-              trained: bool = True) -> None:
+              batch_stats: bool = True) -> None:
     """Set steps and zero points from one pass of `images` (the paper takes 100), layer by layer,
     each layer seeing its input as the quantized layers before it make it. `candidates`: 1 takes
     the range of the data, more search for the one of least error (see `Quantizer.initialize`).
-    Batch norm normalises by these images, as in the training to come [choice]: by its running
-    statistics, which are those of full precision, few bits leave deep quantizers with inputs far
-    from those of training, even dead. `trained` False, for no training to come, takes those.
-    Either way they stay as they are."""
+
+    Batch norm normalises by these images, as in the training to come [choice]. By its running
+    statistics, those of full precision, deep networks of few bits start with quantizers far from
+    what they meet in training; `batch_stats=False` takes them, for a network not to be trained any
+    more. Neither changes them.
+    """
     def before(quantizer, inputs):
         quantizer.initialize(inputs[0], candidates)
 
     training = qmodel.training
-    norms = [m for m in qmodel.eval().modules() if trained
+    norms = [m for m in qmodel.eval().modules() if batch_stats
              and isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
     for m in norms:
         m.training, m.track_running_stats = True, False

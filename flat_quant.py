@@ -362,7 +362,7 @@ def ptq(args: argparse.Namespace, data: Data, network: nn.Module, wbits: int,
     """Post-training quantization: weights rounded to nearest, per channel; inputs per tensor, from
     100 training images; first and last layer at 8 bits."""
     quantized = common.quantize(network, wbits, abits, args.quantizer)
-    common.calibrate(quantized, data.sample(100)[0], CANDIDATES[args.ptq], trained=False)
+    common.calibrate(quantized, data.sample(100)[0], CANDIDATES[args.ptq], batch_stats=False)
     return quantized.eval()
 
 

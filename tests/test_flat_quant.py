@@ -284,6 +284,16 @@ def test_ptq_takes_the_quantizer_that_measured(parse, tiny_data, network, monkey
     assert [noise.candidates for noise in built.values()] == [1, 1]
 
 
+def test_ptq_fits_the_inputs_that_evaluation_will_meet(parse, tiny_data, network):
+    for norm in network.modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            norm.running_var.fill_(0.01)  # so that by running statistics inputs are much larger
+    images = tiny_data.sample(100)[0]
+    exact = network.eval()(images)
+    error = flat_quant.ptq(parse(), tiny_data, network, 8, 8)(images) - exact
+    assert error.norm() < 0.1 * exact.norm()
+
+
 def test_bits_beside_the_recipe_win(parse):
     args = parse("--recipe", "paper", "--bits", "5")
     assert (args.wbits, args.abits, args.model) == (5, 5, "resnet18")

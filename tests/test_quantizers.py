@@ -271,12 +271,12 @@ def test_quantize_copies_and_keeps_first_and_last_layer_at_8_bits(tiny_data):
     assert model.conv.weight.abs().sum() > 0
 
 
-@pytest.mark.parametrize("trained", [True, False])
-def test_calibration_is_layer_after_layer_and_leaves_no_trace(trained, tiny_data, calibrated):
+@pytest.mark.parametrize("batch_stats", [True, False])
+def test_calibration_is_layer_after_layer_and_leaves_no_trace(batch_stats, tiny_data, calibrated):
     again = copy.deepcopy(calibrated).train()
     images = 3 * tiny_data.sample(16)[0]
     before = {k: v.clone() for k, v in again.state_dict().items()}
-    common.calibrate(again, images, trained=trained)
+    common.calibrate(again, images, batch_stats=batch_stats)
     assert again.training and all(m.track_running_stats for m in again.modules()
                                   if isinstance(m, nn.BatchNorm2d))
     assert all(torch.equal(v, before[k]) for k, v in again.state_dict().items()
@@ -287,7 +287,7 @@ def test_calibration_is_layer_after_layer_and_leaves_no_trace(trained, tiny_data
     seen = []
     hook = again.blocks[1].conv2.input_quantizer.register_forward_pre_hook(
         lambda q, inputs: seen.append(inputs[0]))
-    again.train(trained)(images)
+    again.train(batch_stats)(images)
     hook.remove()
     fresh = Quantizer(2)
     fresh.initialize(seen[0])
