@@ -790,7 +790,8 @@ def build_model(name: str, classes: int, depth: int = 4) -> nn.Module:
         model.features[0][0].stride = model.features[2].conv[1][0].stride = (1, 1)
         return model
     kind = {"resnet18": models.resnet18, "resnet50": models.resnet50}[name]
-    model = kind(num_classes=classes)
+    # Blocks start as the identity: else FP_LR first throws a ResNet-50 far off.
+    model = kind(num_classes=classes, zero_init_residual=True)
     model.conv1 = nn.Conv2d(3, 64, 3, 1, 1, bias=False)  # the usual stem for 32 x 32 images
     model.maxpool = nn.Identity()
     return model
