@@ -396,5 +396,4 @@ def test_loss_falls_on_one_batch(model, quantizer, wbits, abits, learned):
     student = common.quantize(network, wbits, abits, quantizer)
     common.calibrate(student, images, candidates=20)
     losses = train(student, images, labels, common.sgd(student, 0.02, 0), 0.02, steps=20)
-    print(*(f"{x:.2f}" for x in losses), "->")
     assert losses[-1] < 0.9 * min(losses[0], math.log(10))
