@@ -1,14 +1,13 @@
-"""What the four papers take for granted; no method lives here. Read it once, top to bottom.
+"""What the four papers take for granted; no method lives here. Read it top to bottom.
 
-    1. Command line and run      base_parser, parse, finish_args, entry, sgd, Run, result_table
-    2. Data                      Data, load_data
-    3. Models                    CifarResNet, ViT, build_model, full_precision
-    4. Quantizers                a: fake_quantize, Quantizer (LSQ); b: LSQ+ and PACT;
-                                 c: QuantConv2d, QuantLinear, quantize, calibrate, export_int
-    5. Evaluation and flatness   evaluate, hessian_trace, hessian_top_eigenvalue
+    1. Quantizers     fake_quantize, Quantizer (LSQ), LSQPlus, PACT; quantize, calibrate, export_int
+    2. Networks       build_model
+    3. Data           Data, load_data
+    4. A run          flags, Run (seeds, learning rate, checkpoints, results), full_precision, table
+    5. Evaluation     evaluate, hessian_trace, hessian_top_eigenvalue
 
-Symbols follow the papers' shared protocol (FPQ, arXiv 2503.11159, section 3.1): step s, zero
-point z, bits q, integer x_int, de-quantized value x_hat.
+Equation numbers are those of the FPQ paper (arXiv 2503.11159, section 3.1), whose protocol all
+four papers share. Our own decisions are marked [choice].
 """
 
 import argparse
@@ -22,31 +21,620 @@ import os
 import shlex
 import socket
 import sys
-import threading
 import time
-import urllib.request
 import warnings
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from argparse import Namespace
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+import torchvision
+from PIL import Image  # comes with torchvision, which reads images with it
 from torch import Tensor
+from torch.optim.swa_utils import update_bn
+from torchvision.models.resnet import BasicBlock
+from torchvision.ops.misc import Conv2dNormActivation
+
+TINY = 1e-12  # no step size is smaller, so x / s stays finite should one become 0
+
+# ---------------------------------------------------------------------------------- 1. Quantizers
+
+
+def fake_quantize_definition(x: Tensor, step_size: Tensor, zero_point: float, qmin: int,
+                             qmax: int) -> Tensor:
+    """Fake quantization (Eq. 3) with the gradients of LSQ (Esser et al. 2020), in three lines.
+
+        x_hat = (clip(round(x/s) + z, q_min, q_max) - z) * s
+
+    Values are rounded to a grid of 2^bits levels but stay floats. Rounding has gradient 0 almost
+    everywhere; the straight-through estimator (STE) replaces it by 1.
+    """
+    v = torch.clamp(x / step_size, qmin - zero_point, qmax - zero_point)
+    v = v + (v.round() - v).detach()  # forward: round(v); backward: the gradient of v
+    return v * step_size
+
+
+def fake_quantize(x: Tensor, step_size: Tensor, zero_point: Tensor | float, qmin: int, qmax: int,
+                  grad_scale: float = 1.0) -> Tensor:
+    """The same in fewer passes over memory, twice differentiable.
+
+        dx_hat/dx = 1 if q_min < x/s + z < q_max else 0
+        dx_hat/ds = round(v) - v inside, Qn below, Qp above;  v = x/s, Qn = q_min-z, Qp = q_max-z
+
+    step_size > 0 (learned) and zero_point (fixed) broadcast against x; grad_scale multiplies dL/ds.
+    The mask is on the value before rounding. A zero_point that is a number must be whole; it moves
+    into the bounds, which saves three passes: clip(n + z, a, b) - z = clip(n, a - z, b - z).
+    """
+    if not isinstance(zero_point, Tensor):
+        qmin, qmax, zero_point = qmin - zero_point, qmax - zero_point, None
+    return FakeQuantize.apply(x, step_size, zero_point, qmin, qmax, grad_scale)
+
+
+class FakeQuantize(torch.autograd.Function):
+    """The passes of `fake_quantize`. It saves only what the layers around it hold anyway."""
+
+    @staticmethod
+    def forward(ctx, x, step_size, zero_point, qmin, qmax, grad_scale):
+        v = x / step_size
+        if zero_point is None:
+            v.round_().clamp_(qmin, qmax)
+        else:
+            part = zero_point % 1  # 0, or 1/2 on the grid of a one-bit weight
+            v.add_(part).round_().add_(zero_point - part).clamp_(qmin, qmax).sub_(zero_point)
+        x_hat = v.mul_(step_size)  # Eq. 3
+        ctx.save_for_backward(x, x_hat, step_size, zero_point)
+        ctx.bounds, ctx.grad_scale = (float(qmin), float(qmax)), grad_scale
+        return x_hat
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, x_hat, step_size, zero_point = ctx.saved_tensors
+        v = x / step_size
+        if zero_point is not None:
+            v.add_(zero_point)
+        # dL/dx is grad where v is inside the bounds: the derivative of a hard tanh, in one pass. It
+        # overwrites v, unless a second derivative needs v (or on MPS, where older systems lose what
+        # is written to a channels_last tensor).
+        keep = torch.is_grad_enabled() or x.device.type == "mps"
+        place = {} if keep else {"grad_input": v}
+        grad_x = torch.ops.aten.hardtanh_backward(grad, v, *ctx.bounds, **place)
+        # dL/ds = (<grad, x_hat> - <grad_x, x>) / s, as x_hat is round(v) s inside, Qn s or Qp s
+        # outside: two inner products in place of a tensor of derivatives.
+        if not ctx.needs_input_grad[1]:
+            return grad_x, None, None, None, None, None
+        if step_size.numel() == 1:
+            a, b, c, d = (in_memory_order(t, x) for t in (grad, x_hat, grad_x, x))
+            grad_s = (a @ b - c @ d).reshape(step_size.shape)
+        else:
+            grad_s = (grad * x_hat - grad_x * x).sum_to_size(step_size.shape)
+        return grad_x, grad_s * (ctx.grad_scale / step_size), None, None, None, None
+
+
+def in_memory_order(t: Tensor, like: Tensor) -> Tensor:
+    """t as a vector in the memory order of `like`: a view where both have the same order."""
+    channels_last = like.dim() == 4 and like.is_contiguous(memory_format=torch.channels_last)
+    return (t.permute(0, 2, 3, 1) if channels_last else t).reshape(-1)
+
+
+def scale_gradient(t: Tensor, scale: float) -> Tensor:
+    """t, whose gradient is multiplied by `scale`."""
+    scaled = t * scale
+    return t.detach() + (scaled - scaled.detach())  # the difference is exactly 0
+
+
+class Quantizer(nn.Module):
+    """LSQ: a learned step size and a fixed zero point, for a tensor or per channel (dim 0).
+
+    bits: 1 to 8; levels are 0 to qmax = 2^bits - 1. step_size is NaN until `initialize`; only its
+    magnitude counts, so it may cross zero. A one-bit weight (with `channels`) has z = 1/2, so it is
+    -s/2 or s/2 [choice]; a one-bit activation is 0 or s. Step sizes of 8 bits stay as calibrated
+    [choice]: LSQ's gradient scale suits few bits, and makes these grow until most levels are unused.
+    """
+
+    decays = False  # whether weight decay applies to the learned parameters [choice]
+
+    def __init__(self, bits: int, channels: int | None = None):
+        super().__init__()
+        if not 1 <= bits <= 8:
+            raise ValueError(f"bits should be from 1 to 8, not {bits}")
+        self.bits, self.channels, self.qmax = bits, channels, 2**bits - 1
+        shape = () if channels is None else (channels,)
+        self.step_size = nn.Parameter(torch.full(shape, math.nan), requires_grad=bits < 8)
+        self.register_buffer("zero_point", torch.zeros(shape))
+        self.ready = False  # calibrated, and zero_point read: both wait for the device, so once
+
+    def _load_from_state_dict(self, *args):
+        super()._load_from_state_dict(*args)
+        self.ready = False
+
+    def grid(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(step size, zero point), shaped to broadcast against x."""
+        shape = [-1] + [1] * (x.dim() - 1) if self.channels else []
+        return self.step_size.abs().clamp_min(TINY).reshape(shape), self.zero_point.reshape(shape)
+
+    def grad_scale(self, x: Tensor) -> float:
+        """LSQ's 1 / sqrt(N q_max); N elements of x share a step size. As in MQBench, on which the
+        papers build, N counts the batch for activations; LSQ's text leaves it out [choice]."""
+        return (x.numel() / self.step_size.numel() * self.qmax) ** -0.5
+
+    def forward(self, x: Tensor) -> Tensor:
+        step_size, zero_point = self.grid(x)
+        if not self.ready:
+            if self.step_size.isnan().any():
+                raise RuntimeError("this quantizer has no step size yet: call common.calibrate")
+            self.number, self.ready = zero_point.tolist(), True
+        return fake_quantize(x, step_size, zero_point if self.channels else self.number, 0,
+                             self.qmax, self.grad_scale(x))
+
+    @torch.no_grad()
+    def initialize(self, x: Tensor, candidates: int = 100) -> None:
+        """Step size and zero point from data, by Eq. 4-5 on the part a [x_min, x_max] of the range
+        that quantizes x with the least squared error [choice; the paper has a = 1].
+
+            s = a (x_max - x_min) / (2^q - 1)       Eq. 4
+            z = round(q_max - a x_max / s)          Eq. 5
+
+        The range is widened to hold 0 [choice]: zero padding and the zeros of a ReLU stay exact.
+        """
+        rows = x.reshape(self.channels or 1, -1)
+        low, high = rows.amin(1).clamp_max(0), rows.amax(1).clamp_min(0)
+        one_bit_weight = self.bits == 1 and self.channels is not None
+        if one_bit_weight:
+            high = torch.maximum(-low, high)
+            low = -high
+        s = (high - low) / self.qmax  # Eq. 4
+        # A channel of zeros has no range: it takes the largest step size of the others, or 1.
+        s = torch.where(s > TINY, s, s.max() if s.max() > TINY else s + 1)
+        z = s * 0 + 0.5 if one_bit_weight else (self.qmax - high / s).round()  # Eq. 5
+        rows = rows[:, ::rows.shape[1] // 65536 | 1]  # a sample is enough; odd, to meet all columns
+        sizes = s * (torch.arange(candidates, 0, -1, device=x.device) / candidates)[:, None]
+        values = (fake_quantize(rows, a[:, None], z[:, None], 0, self.qmax) for a in sizes)
+        best = torch.stack([(v - rows).square().sum(1) for v in values]).argmin(0, keepdim=True)
+        self.step_size.copy_(sizes.gather(0, best).reshape(self.step_size.shape))
+        self.zero_point.copy_(z.reshape(self.step_size.shape))
+        self.ready = False
+
+    def integers(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(n, s, z) with x_hat = (n - z) * s bit for bit; n: whole numbers from 0 to qmax."""
+        s, z = self.grid(x)
+        part = z % 1
+        return (x / s + part).round().add(z - part).clamp(0, self.qmax), s, z
+
+
+class LSQPlus(Quantizer):
+    """LSQ+ (Bhalgat et al. 2020), for activations: the grid also has a learned offset beta.
+
+        x_hat = fake_quantize(x - beta) + beta      dx_hat/dbeta = 0 inside the grid, 1 outside
+
+    beta starts at 0, on LSQ's grid, and its gradient has the scale of the step size's [choices].
+    """
+
+    def __init__(self, bits: int):
+        super().__init__(bits)
+        self.offset = nn.Parameter(torch.tensor(0.0), requires_grad=bits < 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        beta = scale_gradient(self.offset, self.grad_scale(x))
+        return super().forward(x - beta) + beta
+
+
+class PACT(Quantizer):
+    """PACT (Choi et al. 2018), for activations: only values beyond the clip alpha move it.
+
+        x_hat = round(clip(x, 0, alpha) / s) s,  s = alpha / q_max      dx_hat/dalpha = [x >= alpha]
+
+    The parameter is s, its gradient scaled so that alpha moves as if it were the parameter. alpha
+    starts where LSQ's range ends, and negative data are clipped at -z s as by LSQ [choices].
+    """
+
+    decays = True  # as in the paper: nothing else makes alpha smaller
+
+    def forward(self, x: Tensor) -> Tensor:
+        x_hat, (s, z) = super().forward(x), self.grid(x)
+        levels = (self.qmax - z).clamp_min(1)  # above zero; none if all data were negative
+        s = scale_gradient(s, levels**-2)
+        clipped = torch.where(x >= s * levels, s * levels, torch.where(x <= -z * s, -z * s, x))
+        return clipped + (x_hat - clipped).detach()
+
+
+QUANTIZERS = {"lsq": Quantizer, "lsq+": LSQPlus, "pact": PACT}  # of activations; weights have LSQ's
+
+
+class QuantLayer(nn.Module):
+    """A convolution or linear layer with quantized input and weight; takes over the parameters of
+    `layer`. `product(x, weight, bias=None)` is the layer's own operation."""
+
+    def __init__(self, layer: nn.Module, wbits: int, abits: int, quantizer: str = "lsq"):
+        super().__init__()
+        self.weight, self.bias = layer.weight, layer.bias
+        self.input_quantizer = QUANTIZERS[quantizer](abits)
+        self.weight_quantizer = Quantizer(wbits, channels=len(layer.weight))
+        self.product = F.linear if isinstance(layer, nn.Linear) else partial(
+            F.conv2d, stride=layer.stride, padding=layer.padding, dilation=layer.dilation,
+            groups=layer.groups)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.product(self.input_quantizer(x), self.weight_quantizer(self.weight), self.bias)
+
+
+class Product(nn.Module):
+    """a @ b of two features. `quantize` puts quantizers in the place of the identities."""
+
+    def __init__(self):
+        super().__init__()
+        self.a_quantizer, self.b_quantizer = nn.Identity(), nn.Identity()
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        return self.a_quantizer(a) @ self.b_quantizer(b)
+
+
+@contextmanager
+def hooked(modules: Iterable[nn.Module], before: Callable | None = None,
+           after: Callable | None = None) -> Iterator[None]:
+    """Within, every call of one of `modules` runs before(module, inputs) and
+    after(module, inputs, output); what they return, if anything, replaces inputs and output."""
+    modules = list(modules)
+    hooks = [m.register_forward_pre_hook(before) for m in modules if before]
+    hooks += [m.register_forward_hook(after) for m in modules if after]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def weight_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """The layers that multiply by a weight, quantized or not, by name in order of definition."""
+    kinds = nn.Conv2d, nn.Linear, QuantLayer
+    return {name: m for name, m in model.named_modules() if isinstance(m, kinds)}
+
+
+def quantize(model: nn.Module, wbits: int, abits: int, quantizer: str = "lsq",
+             example: Tensor | None = None) -> nn.Module:
+    """A copy of `model` whose Conv2d and Linear layers quantize input and weight, and whose
+    `Product`s quantize both factors.
+
+    The first and the last layer that `example` (an input; 1 x 3 x 32 x 32 if none) comes to have 8
+    bits. Step sizes exist, for an optimizer to hold, but are NaN until `calibrate`. Warns of layers
+    that stay in full precision: other kinds, computed weights, layers that are not come to.
+    """
+    model, order, new, left = copy.deepcopy(model), [], {}, []
+    like, probe = next(model.parameters()), copy.deepcopy(model).eval()
+    names = {layer: name for name, layer in weight_layers(probe).items()}
+    with torch.no_grad(), hooked(names, before=lambda layer, _: order.append(names[layer])):
+        probe(like.new_zeros(1, 3, 32, 32) if example is None else example)
+    for name, m in list(model.named_modules(remove_duplicate=False)):  # one may have two names
+        if isinstance(m, Product):
+            m.a_quantizer, m.b_quantizer = (QUANTIZERS[quantizer](abits).to(like) for _ in "ab")
+        elif m in new:
+            model.set_submodule(name, new[m])
+        elif (name in order and type(m) in (nn.Conv2d, nn.Linear)
+              and getattr(m, "padding_mode", "zeros") == "zeros"):
+            bits = (8, 8) if name in (order[0], order[-1]) else (wbits, abits)
+            new[m] = QuantLayer(m, *bits, quantizer).to(like)
+            if name:
+                model.set_submodule(name, new[m])
+        elif isinstance(m, (nn.Conv2d, nn.Linear)) or any(
+                "weight" in key and p.dim() > 1 for key, p in m.named_parameters(recurse=False)):
+            left.append(f"{name} ({type(m).__name__})")
+    if left:
+        warnings.warn(f"left in full precision: {', '.join(left)}", stacklevel=2)
+    return new.get(model, model)  # the model may be a single layer
+
+
+@torch.no_grad()
+def calibrate(qmodel: nn.Module, images: Tensor, candidates: int = 100,
+              batch_stats: bool = True) -> None:
+    """Set all step sizes and zero points from one pass of `images` (the paper takes 100), in the
+    order of the layers: each sees its input as the quantized layers before it make it.
+
+    Batch norm normalises by these images, as in the training to come [choice]: the running
+    statistics are those of full precision and leave deep low-bit networks far off.
+    `batch_stats=False` uses them, for a network that is not trained any more.
+    """
+    def quantizers(model):
+        return [m for m in model.modules() if isinstance(m, Quantizer)]
+
+    probe = copy.deepcopy(qmodel).train(batch_stats)  # a copy, as the pass moves the statistics
+    with hooked(quantizers(probe), before=lambda q, inputs: q.initialize(inputs[0], candidates)):
+        probe(images)
+    for mine, found in zip(quantizers(qmodel), quantizers(probe)):
+        mine.load_state_dict(found.state_dict())
+
+
+@torch.no_grad()
+def export_int(qmodel: nn.Module) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
+    """{layer: (weight as int8, scale, zero point)}; (weight - zero point) * scale is bit-equal to
+    what the network multiplies by. Scale and zero point broadcast against the weight."""
+    integers = {}
+    for name, layer in weight_layers(qmodel).items():
+        if isinstance(layer, QuantLayer):
+            n, scale, zero = layer.weight_quantizer.integers(layer.weight)
+            shift = 2 ** (layer.weight_quantizer.bits - 1)  # 0 to 255 becomes -128 to 127
+            integers[name] = (n - shift).to(torch.int8), scale, zero - shift
+    return integers
+
+
+# ------------------------------------------------------------------------------------ 2. Networks
+
+
+def cifar_resnet(blocks: int, classes: int) -> nn.Sequential:
+    """ResNet for 32 x 32 images (He et al. 2016, section 4.2): three stages of `blocks` blocks, 16,
+    32 and 64 channels wide; 1 x 1 convolutions where the shape changes."""
+    layers, inputs = [Conv2dNormActivation(3, 16, 3)], 16
+    for outputs in (16, 32, 64):
+        for i in range(blocks):
+            stride = 2 if i == 0 and outputs > 16 else 1
+            shortcut = None if inputs == outputs else Conv2dNormActivation(
+                inputs, outputs, 1, stride, activation_layer=None)
+            layers.append(BasicBlock(inputs, outputs, stride, shortcut))
+            inputs = outputs
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, classes))
+
+
+def mobilenet_v1(classes: int) -> nn.Sequential:
+    """MobileNet (Howard et al. 2017, table 1): 3 x 3 convolutions of each channel apart, then
+    1 x 1. Its first stride, of 2, is 1 for 32 x 32 images."""
+    layers, inputs = [Conv2dNormActivation(3, 32, 3)], 32
+    for outputs, stride in [(64, 1), (128, 2), (128, 1), (256, 2), (256, 1), (512, 2),
+                            *[(512, 1)] * 5, (1024, 2), (1024, 1)]:
+        layers += [Conv2dNormActivation(inputs, inputs, 3, stride, groups=inputs),
+                   Conv2dNormActivation(inputs, outputs, 1)]
+        inputs = outputs
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(1024, classes))
+
+
+class ViTBlock(nn.Module):
+    """x + attention(norm(x)), then x + fc2(gelu(fc1(norm(x)))): N x T x width. The products of
+    features in the attention are modules, for `quantize` to find."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads, self.norm1, self.norm2 = heads, nn.LayerNorm(width), nn.LayerNorm(width)
+        self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.fc1, self.fc2 = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+        self.scores, self.mix = Product(), Product()
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(self.norm1(x)).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        weights = (self.scores(q, k.transpose(2, 3)) * q.shape[3] ** -0.5).softmax(3)
+        x = x + self.proj(self.mix(weights, v).transpose(1, 2).flatten(2))
+        return x + self.fc2(F.gelu(self.fc1(self.norm2(x))))
+
+
+class ViT(nn.Module):
+    """Vision transformer for N x 3 x 32 x 32: 64 patches of 4 x 4, whose mean is classified. Width
+    and heads are those of DeiT-Ti, which has depth 12 and a class token."""
+
+    def __init__(self, classes: int, depth: int, width: int = 192, heads: int = 3):
+        super().__init__()
+        self.patches = nn.Conv2d(3, width, 4, 4)
+        self.position = nn.Parameter(0.02 * torch.randn(1, 64, width))
+        self.blocks = nn.Sequential(*(ViTBlock(width, heads) for _ in range(depth)))
+        self.norm, self.fc = nn.LayerNorm(width), nn.Linear(width, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.patches(x).flatten(2).transpose(1, 2) + self.position
+        return self.fc(self.norm(self.blocks(x)).mean(1))
+
 
 MODELS = ["resnet8", "resnet20", "resnet18", "resnet50", "mobilenet_v1", "mobilenet_v2", "vit_tiny"]
-QUANTIZERS = ["lsq", "lsq+", "pact"]
-DATASETS = ["auto", "cifar10", "cifar100", "fashion_mnist", "folder", "shapes"]
 
-# ------------------------------------------------------------------------ 1. Command line and run
+
+def build_model(name: str, classes: int, depth: int = 4) -> nn.Module:
+    """A network for N x 3 x 32 x 32 images, freshly initialised from torch's global generator.
+
+    torchvision's networks get the usual stem for such images: the ResNets a 3 x 3 convolution
+    without pooling, MobileNetV2 strides of 1 in two places. `depth` is the blocks of vit_tiny.
+    """
+    if name == "vit_tiny":
+        return ViT(classes, depth)
+    if name == "mobilenet_v1":
+        return mobilenet_v1(classes)
+    if name in ("resnet8", "resnet20"):  # resnet8 is that of MLPerf Tiny, 78 k parameters
+        return cifar_resnet(1 if name == "resnet8" else 3, classes)
+    if name == "mobilenet_v2":
+        model = torchvision.models.mobilenet_v2(num_classes=classes, dropout=0.0)
+        model.features[0][0].stride = model.features[2].conv[1][0].stride = (1, 1)
+        return model
+    # Blocks start as the identity: else the first steps throw a ResNet-50 far off.
+    model = torchvision.models.get_model(name, num_classes=classes, zero_init_residual=True)
+    model.conv1, model.maxpool = nn.Conv2d(3, 64, 3, 1, 1, bias=False), nn.Identity()
+    return model
+
+
+# ---------------------------------------------------------------------------------------- 3. Data
 
 
 class UsageError(Exception):
     """Something the user can put right: reported in one line, exit code 2, no traceback."""
+
+
+def random_stream(*key: str | int) -> int:
+    """A seed for each purpose, seed and epoch: 32 bits of a hash, as torch's CPU generator uses no
+    more, so that no two streams of random numbers are shifted copies of each other."""
+    return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:4], "big")
+
+
+@dataclass
+class Data:
+    """A data set, whole on one device. Images are uint8 N x 32 x 32 x 3, those for training with
+    `pad` black pixels around them; labels are int64 N; mean and std belong to the 3 channels."""
+
+    name: str
+    classes: int
+    train_padded: Tensor
+    train_labels: Tensor
+    test_images: Tensor  # or, with --val, held-out training images
+    test_labels: Tensor
+    mean: Tensor
+    std: Tensor
+    pad: int
+    split: str  # what test_images are: "test" or "val"
+    fingerprint: int  # of all pixels and labels used, for checkpoints
+
+    def normalize(self, images: Tensor) -> Tensor:
+        """uint8 N x H x W x 3 -> float N x 3 x H x W, a view in channels_last order."""
+        return images.float().div_(255).sub_(self.mean).div_(self.std).permute(0, 3, 1, 2)
+
+    def steps(self, batch_size: int) -> int:
+        """Batches per epoch. The incomplete last batch is dropped: it distorts batch norm."""
+        return max(1, len(self.train_labels) // batch_size)
+
+    def order(self, batch_size: int, draws: torch.Generator) -> Tensor:
+        """The training images of an epoch, by index, in random order."""
+        return torch.randperm(len(self.train_labels), generator=draws)
+
+    def batches(self, batch_size: int, draws: torch.Generator,
+                views: tuple[str, ...] = ("crop+flip",)) -> Iterator[tuple[Tensor, ...]]:
+        """One shuffled epoch of (images N x 3 x 32 x 32 for each of `views`, labels N). A view
+        whose name lacks "crop" or "flip" goes without it. `draws` lives on the CPU, so that a seed
+        means the same batches on every device; the first view does not depend on the others."""
+        n, device, moves = len(self.train_labels), self.train_labels.device, []
+        order = self.order(batch_size, draws).to(device)
+        for view in views:  # rows and columns to move by, whether to mirror
+            limits = [(-self.pad, self.pad + 1)] * 2 + [(0, 2)]
+            move = torch.stack([torch.randint(*limit, (n,), generator=draws) for limit in limits])
+            on = [["crop" in view]] * 2 + [["flip" in view]]
+            moves.append((move * torch.tensor(on)).to(device))
+        for i in range(self.steps(batch_size)):  # everything is on the device: no step waits
+            at = slice(i * batch_size, (i + 1) * batch_size)
+            yield (*(self.cut(order[at], *move[:, at]) for move in moves),
+                   self.train_labels[order[at]])
+
+    def cut(self, index: Tensor, row: Tensor, column: Tensor, mirrored: Tensor) -> Tensor:
+        """The training images `index`, moved by (row, column), mirrored where it is 1: N each."""
+        line = torch.arange(32, device=index.device)
+        rows = self.pad + row[:, None] + line
+        columns = self.pad + column[:, None] + torch.where(mirrored[:, None] > 0, 31 - line, line)
+        return self.normalize(
+            self.train_padded[index[:, None, None], rows[:, :, None], columns[:, None, :]])
+
+    def sample(self, count: int) -> tuple[Tensor, Tensor]:
+        """`count` fixed random training images, not augmented: for calibration and diagnosis."""
+        draws = torch.Generator().manual_seed(random_stream("sample"))
+        index = torch.randperm(len(self.train_labels), generator=draws)[:count]
+        index, window = index.to(self.train_labels.device), slice(self.pad, self.pad + 32)
+        return self.normalize(self.train_padded[index, window, window]), self.train_labels[index]
+
+
+DATASETS = ["auto", "cifar10", "cifar100", "folder", "shapes"]
+
+
+def load_data(args: Namespace) -> Data:
+    """The data set of the flags --dataset, --data-dir, --train-size, --val, --pad, --device.
+
+    "auto" is CIFAR-10 if it is there or can be downloaded, else `shapes`, and says so. Subset and
+    held-out images are drawn by --fp-seed. UsageError for missing or bad data.
+    """
+    name = "cifar10" if args.dataset == "auto" else args.dataset
+    read = {"folder": read_folder, "shapes": draw_shapes}.get(name, read_cifar)
+    try:
+        x, y, test_x, test_y, classes = read(args.data_dir, name)
+    except UsageError as error:
+        if args.dataset != "auto":
+            raise
+        print(f"!! {error}\n!! Training on the drawn data set 'shapes' instead: its figures say "
+              "nothing about CIFAR-10.", file=sys.stderr)
+        name, (x, y, test_x, test_y, classes) = "shapes", draw_shapes()
+    if args.val:
+        test_x, test_y, x, y = split(x, y, args.val, args.fp_seed, "--val")
+    if args.train_size:
+        x, y, *_ = split(x, y, args.train_size, args.fp_seed, "--train-size")
+    if args.dry_run:  # some 64 images of all classes, however they are sorted
+        x, y, test_x, test_y = (t[::max(1, len(t) // 64)] for t in (x, y, test_x, test_y))
+    content = b"".join(t.numpy().tobytes() for t in (x, y, test_x, test_y))
+    pixels = x[::1 + len(x) // 10_000].float().div(255).flatten(0, 2)
+    x = F.pad(x, (0, 0, *[args.pad] * 4))
+    mean, std = pixels.mean(0), pixels.std(0).clamp_min(1e-3)
+    parts = (t.to(args.device) for t in (x, y, test_x, test_y, mean, std))
+    return Data(name, classes, *parts, args.pad, "val" if args.val else "test", zlib.crc32(content))
+
+
+def split(x, y, size: int, seed: int, flag: str) -> tuple[Tensor, ...]:
+    """`size` random images and labels, the classes as equal in number as the data allows, and the
+    others. UsageError, naming `flag`, if there are fewer than `size`, or more classes."""
+    if not y.max() < size < len(y):
+        raise UsageError(f"{flag} {size} should be from {y.max() + 1}, the number of classes, to "
+                         f"{len(y) - 1}, all training images but one")
+    order = torch.randperm(len(y), generator=torch.Generator().manual_seed(seed))
+    one_hot = F.one_hot(y[order])
+    rank = (one_hot.cumsum(0) * one_hot).sum(1)  # the number of each image within its class
+    picked = torch.zeros(len(y), dtype=torch.bool)
+    picked[order[rank.argsort(stable=True)[:size]]] = True
+    return x[picked], y[picked], x[~picked], y[~picked]
+
+
+def read_cifar(data_dir: Path, name: str) -> tuple:
+    """cifar10 or cifar100, which torchvision downloads, if need be, and verifies."""
+    socket.setdefaulttimeout(5)  # a host that does not answer should fail, not hang
+    try:
+        train, test = (getattr(torchvision.datasets, name.upper())(data_dir, part, download=True)
+                       for part in (True, False))
+    except Exception as error:  # torchvision and the network raise half a dozen kinds
+        raise UsageError(f"{name} is not in {data_dir} and could not be downloaded ({error}); "
+                         "--dataset shapes needs no download") from None
+    arrays = (torch.as_tensor(a) for part in (train, test) for a in (part.data, part.targets))
+    return *arrays, len(train.classes)
+
+
+def read_image(path: str) -> np.ndarray:
+    """An image of 8 bits per channel as uint8 32 x 32 x 3."""
+    try:
+        with Image.open(path) as image:
+            if image.mode[0] in "IF":  # PIL would clip these silently
+                raise ValueError("it has more than 8 bits per channel")
+            return np.asarray(image.convert("RGB").resize((32, 32)))
+    except Exception as error:  # PIL raises many kinds for a damaged image
+        raise UsageError(f"{path} cannot be read as an image: {error}") from None
+
+
+def read_folder(data_dir: Path, name: str) -> tuple:
+    """DIR/train/<class>/* and DIR/test/<class>/*, as torchvision's ImageFolder finds them."""
+    try:
+        train, test = (torchvision.datasets.ImageFolder(data_dir / part, loader=read_image)
+                       for part in ("train", "test"))
+    except OSError as error:
+        raise UsageError(f"--data-dir {data_dir} should hold train/<class>/* and test/<class>/*: "
+                         f"{str(error).splitlines()[0]}") from None
+    if train.classes != test.classes or len(train.classes) < 2:
+        odd = sorted(set(train.classes) ^ set(test.classes)) or train.classes
+        raise UsageError(f"{data_dir} should have the same classes, two or more, in train and in "
+                         f"test; look at {', '.join(odd[:5])}")
+    arrays = (torch.from_numpy(np.stack(a)) for part in (train, test) for a in (
+        [image for image, _ in part], part.targets))
+    return *arrays, len(train.classes)
+
+
+def draw_shapes(*_, train: int = 3200, test: int = 1000, seed: int = 0) -> tuple:
+    """Ten classes drawn by one formula: 0, 2, 3, 4 or 6 lobes, filled or hollow, of random place,
+    size, turn and brightness, in coloured noise.
+
+        drawn where  h < rho / (r (1 + 0.4 cos(lobes * theta))) < 1,  h = 0.55 if hollow, else -1
+    """
+    rng, n = np.random.default_rng(seed), train + test
+    kind, u = rng.permutation(np.arange(n) % 10), rng.random((6, n, 1, 1))
+    lobes, h = np.array([0, 2, 3, 4, 6])[kind % 5], np.where(kind > 4, 0.55, -1)
+    dx, dy = np.arange(32) - 12 - 7 * u[0], np.arange(32)[:, None] - 12 - 7 * u[1]
+    wave = np.cos(lobes[:, None, None] * (np.arctan2(dy, dx) + 7 * u[3]))
+    rho, edge = np.hypot(dx, dy), (6 + 4 * u[2]) * (1 + 0.4 * wave)
+    cover = (0.5 + np.minimum(edge - rho, rho - h[:, None, None] * edge)).clip(0, 1)  # soft edge
+    image = (1 - cover) * 0.5 * u[4] + cover * (0.5 + 0.5 * u[5])
+    image = np.stack([image + rng.normal(0, 0.06, image.shape) for _ in range(3)], 3)
+    image = (255 * image.clip(0, 1)).astype(np.uint8)
+    x, y = torch.from_numpy(image), torch.from_numpy(kind)
+    return x[:train], y[:train], x[train:], y[train:], 10
+
+
+# --------------------------------------------------------------------------------------- 4. A run
 
 
 class Parser(argparse.ArgumentParser):
@@ -68,85 +656,103 @@ def number(kind: type, low: float, high: float) -> Callable:
     return parse
 
 
+def add_flags(parser: Parser, title: str, *flags: tuple) -> None:
+    """A group of flags, each (name, type, default, help). A list as the type holds the choices,
+    bool makes a switch; a list as the default takes several values."""
+    group = parser.add_argument_group(title)
+    for name, kind, default, text in flags:
+        how = ({"action": "store_true"} if kind is bool
+               else {"choices": kind} if isinstance(kind, list) else {"type": kind})
+        if isinstance(default, list):
+            how["nargs"] = "+"
+        shown = f" ({default})" if default or default == 0 and kind is not bool else ""
+        group.add_argument(name, default=default, help=text + shown, **how)
+
+
 def base_parser(description: str, fewest_bits: int = 2) -> Parser:
-    """The flags that all scripts share; defaults are quick, `--recipe paper` is the protocol."""
-    p = Parser(description=description, allow_abbrev=False,
-               formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    """The flags that all scripts share."""
+    p = Parser(description=description, allow_abbrev=False)
     bits, count, seed = number(int, fewest_bits, 8), number(int, 1, 10**9), number(int, 0, 2**31)
-    add = p.add_argument
-    add("--bits", type=bits, default=2, help="of weights and activations")
-    add("--wbits", type=bits, help="of weights, if not --bits")
-    add("--abits", type=bits, help="of activations, if not --bits")
-    add("--model", choices=MODELS, default="resnet8", help="network")
-    add("--depth", type=number(int, 1, 48), default=4, help="blocks of vit_tiny")
-    add("--quantizer", choices=QUANTIZERS, default="lsq", help="how steps are learned")
-    add("--dataset", choices=DATASETS, default="auto", help="auto: cifar10 if at hand, else shapes")
-    add("--data-dir", type=Path, default=Path("data"), help="where data sets lie")
-    add("--train-size", type=count, help="class-balanced subset of the training images")
-    add("--epochs", type=count, default=6, help="quantization-aware epochs")
-    add("--fp-epochs", type=count, default=15, help="full-precision epochs before them")
-    add("--batch-size", type=number(int, 2, 10**6), default=128, help="images per step")
-    add("--lr", type=number(float, 1e-9, 1e3), default=0.02, help="peak, quantized epochs")
-    add("--weight-decay", type=number(float, 0, 1), default=5e-4, help="on all but steps")
-    add("--seed", type=seed, nargs="+", default=[0], help="each runs every method once")
-    add("--fp-seed", type=seed, default=0, help="of full precision and of --train-size")
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps, ...")
-    add("--out", type=Path, default=Path("runs"), help="checkpoints and results.jsonl")
-    add("--resume", action="store_true", help="go on where the same command stopped")
-    add("--compile", action="store_true", help="compile the quantizer: faster after some seconds")
-    add("--dry-run", action="store_true", help="two steps of everything, into OUT/dry-run")
+    rate, decay = number(float, 1e-9, 1e3), number(float, 0, 1)
+    add_flags(
+        p, "data",
+        ("--dataset", DATASETS, "auto", "auto: cifar10 if it is at hand, else shapes"),
+        ("--data-dir", Path, Path("data"), "where data sets lie"),
+        ("--train-size", count, None, "size of a class-balanced subset to train on"),
+        ("--val", count, None, "evaluate on so many held-out training images, not on test images"),
+        ("--augment", ["none", "flip", "crop+flip"], "crop+flip", "of all training images"),
+        ("--pad", number(int, 0, 16), 2, "pixels by which the crop moves an image"))
+    add_flags(
+        p, "network",
+        ("--model", MODELS, "resnet8", "the network"),
+        ("--depth", number(int, 1, 48), 4, "blocks of vit_tiny"),
+        ("--bits", bits, None, "of weights and activations (2)"),
+        ("--wbits", bits, None, "of weights, if not --bits"),
+        ("--abits", bits, None, "of activations, if not --bits"),
+        ("--quantizer", list(QUANTIZERS), "lsq", "of activations; weights have lsq"))
+    add_flags(
+        p, "training",
+        ("--fp-epochs", count, 15, "in full precision"),
+        ("--fp-lr", rate, 0.2, "peak of its learning rate; vit_tiny takes a 200th, by AdamW"),
+        ("--fp-weight-decay", decay, 1e-4, "in it; vit_tiny has 0.05"),
+        ("--epochs", count, 6, "of quantization-aware training, after full precision"),
+        ("--lr", rate, 0.02, "peak of its learning rate"),
+        ("--weight-decay", decay, 5e-4, "in it"),
+        ("--batch-size", number(int, 2, 10**6), 128, "images per step"),
+        ("--seed", seed, [0], "each trains all methods once"),
+        ("--fp-seed", lambda text: text if text == "same" else seed(text), 0,
+         "of full precision and of subsets; same: that of --seed"),
+        ("--recipe", ["paper"], None, "the published settings in place of the defaults"))
+    add_flags(
+        p, "output",
+        ("--out", Path, Path("runs"), "for checkpoints and results.jsonl"),
+        ("--resume", bool, False, "go on where the same command stopped"),
+        ("--dry-run", bool, False, "two steps of everything, into OUT/dry-run"),
+        ("--device", str, "auto", "cpu, cuda, cuda:1, mps, ..."),
+        ("--tf32", bool, False, "faster, coarser products on NVIDIA GPUs"),
+        ("--deterministic", bool, False, "the same bits on every run, also on a GPU"))
     return p
 
 
-def parse(parser: Parser, recipe: dict) -> argparse.Namespace:
-    """The command line. `--recipe paper` puts `recipe` in place of the defaults and prints it;
-    flags given beside it win, and so does --bits over the recipe's wbits and abits."""
-    parser.add_argument("--recipe", choices=["paper"], help=f"the published schedule: {recipe}")
-    if parser.parse_args().recipe:
-        if any(word.split("=")[0] == "--bits" for word in sys.argv):
-            recipe = {k: v for k, v in recipe.items() if k not in ("wbits", "abits")}
-        parser.set_defaults(**recipe)
+def parse(parser: Parser, recipe: dict) -> Namespace:
+    """The command line, complete: what cannot work is found now, not after an hour.
+
+    `--recipe paper` puts `recipe` in place of the defaults and prints it. Flags given beside it
+    win, and so does --bits over the recipe's wbits and abits.
+    """
+    args = parser.parse_args()
+    if args.recipe:
+        parser.set_defaults(**{k: v for k, v in recipe.items() if not args.bits or k[1:] != "bits"})
         args = parser.parse_args()
         print("--recipe paper:", *(f"--{k.replace('_', '-')} {getattr(args, k)}" for k in recipe))
-    return parser.parse_args()
-
-
-def finish_args(args: argparse.Namespace) -> argparse.Namespace:
-    """Fill in what depends on other flags; find out now, not after an hour, what cannot work."""
-    args.wbits, args.abits = args.wbits or args.bits, args.abits or args.bits
-    if len(set(args.seed)) < len(args.seed):
-        raise UsageError("--seed names a seed twice; name each once")
+    args.wbits, args.abits = args.wbits or args.bits or 2, args.abits or args.bits or 2
+    args.script, args.command = parser.prog, shlex.join(["python", parser.prog, *sys.argv[1:]])
+    args.seed = list(dict.fromkeys(args.seed))
     if args.device == "auto":
-        args.device = ("cuda" if torch.cuda.is_available()
-                       else "mps" if torch.backends.mps.is_available() else "cpu")
+        args.device = torch.accelerator.current_accelerator(check_available=True) or "cpu"
     try:
-        args.device = torch.device(args.device)
         torch.zeros(1, device=args.device).item()
     except (RuntimeError, AssertionError, ImportError) as error:
-        raise UsageError(f"--device {args.device} cannot be used here "
-                         f"({str(error).splitlines()[0]}); try --device cpu") from None
+        parser.error(f"--device {args.device} cannot be used here "
+                     f"({str(error).splitlines()[0]}); try --device cpu")
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.tf32
+    torch.backends.cudnn.deterministic = args.deterministic
+    torch.backends.cudnn.benchmark = not args.deterministic
     if args.dry_run:
         args.out, args.epochs, args.fp_epochs = args.out / "dry-run", 1, 1
         args.batch_size = min(args.batch_size, 32)
     args.out.mkdir(parents=True, exist_ok=True)
-    open(args.out / "results.jsonl", "a").close()  # an unwritable --out shows before any work
-    use_compiled(args.compile, args.device)
-    torch.backends.cudnn.deterministic = True  # same command, same machine: same bits
+    open(args.out / "results.jsonl", "a").close()  # an --out that cannot be written shows here
     return args
-
-
-def keep_memory() -> None:
-    """Let malloc keep what is freed. By default glibc gives large blocks back to the kernel, and
-    every large tensor on the CPU then costs its page faults anew: a tenth to a fifth of a step."""
-    if sys.platform == "linux":
-        mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda option, value: 0)
-        mallopt(-4, 0)  # M_MMAP_MAX: no block comes straight from the kernel
-        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: nor goes back before 2 GB are free
 
 
 def entry(main: Callable[[], None]) -> None:
     """Run a script. What a user can cause ends in one line: 2 usage or disk, 3 loss, 130 Ctrl-C."""
-    keep_memory()
+    if sys.platform == "linux":
+        # By default glibc returns large blocks to the kernel, and every large tensor then pays for
+        # its page faults anew: a tenth to a fifth of a step on the CPU.
+        ctypes.CDLL(None).mallopt(-4, 0)  # M_MMAP_MAX: no block comes straight from the kernel
+        ctypes.CDLL(None).mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: keep up to 2 GB
     try:
         return main()
     except (UsageError, OSError) as error:
@@ -159,18 +765,24 @@ def entry(main: Callable[[], None]) -> None:
         code, line = 2, "error: out of memory; try a smaller --batch-size"
     except KeyboardInterrupt:
         code, line = 130, "interrupted; --resume goes on from the last whole epoch"
-    print(f"\n{Path(sys.argv[0]).name}: {line}", file=sys.stderr)
+    print(f"\n{line}", file=sys.stderr)
     sys.exit(code)
 
 
 def sgd(model: nn.Module, lr: float, weight_decay: float, **options) -> torch.optim.SGD:
-    """SGD, momentum 0.9; no weight decay on steps and offsets of quantizers. PACT's clips have it,
-    as nothing else would make them smaller."""
-    groups = ([], [])
-    for name, parameter in model.named_parameters():
-        groups[name.endswith((".step", ".offset"))].append(parameter)
-    return torch.optim.SGD([{"params": groups[0], "weight_decay": weight_decay},
-                            {"params": groups[1], "weight_decay": 0}], lr, momentum=0.9, **options)
+    """SGD, momentum 0.9; no weight decay on step sizes and offsets of quantizers [choice]."""
+    free = {p for m in model.modules() if isinstance(m, Quantizer) and not m.decays
+            for p in m.parameters()}
+    groups = [{"params": [p for p in model.parameters() if p not in free]},
+              {"params": [p for p in model.parameters() if p in free], "weight_decay": 0}]
+    return torch.optim.SGD(groups, lr, momentum=0.9, weight_decay=weight_decay, **options)
+
+
+def fp_optimizer(args: Namespace, model: nn.Module) -> torch.optim.Optimizer:
+    """Of full precision: Nesterov SGD, or AdamW for vit_tiny [choice]."""
+    if args.model == "vit_tiny":
+        return torch.optim.AdamW(model.parameters(), args.fp_lr / 200, weight_decay=0.05)
+    return sgd(model, args.fp_lr, args.fp_weight_decay, nesterov=True)
 
 
 def cosine_lr(step: int, total: int, peak: float, warmup: float = 0.0) -> float:
@@ -182,160 +794,153 @@ def cosine_lr(step: int, total: int, peak: float, warmup: float = 0.0) -> float:
     return peak * 0.5 * (1 + math.cos(math.pi * (step - ramp) / (total - ramp)))
 
 
+# What full precision depends on, so that all scripts, methods and seeds can share one network.
+FP_FLAGS = "model depth augment pad batch_size fp_epochs fp_lr fp_weight_decay fp_seed".split()
+# What does not shape training; switches do not either, and data have a fingerprint.
+NOT_SHAPING = "out data_dir dataset train_size val device recipe bits seed method command".split()
+
+
 class Run:
     """The book-keeping of one training run, so that a script's loop is the paper's lines only:
 
-        run = Run(args, data, student, optimizer, "fpq", seed, args.epochs, args.lr)
+        run = Run(args, data, "fpq", seed, args.epochs, model=..., optimizer=...)
         for epoch in run.epochs():                 # seeds, row, evaluation, checkpoint, resume
             for images, labels in run.batches():   # augmented batches, learning rate
                 ...
                 run.log(loss=loss)                 # a mean over the epoch; no device is waited for
-        result = run.finish()                      # the line in results.jsonl
+        result = run.finish()                      # batch norm, evaluation, line in results.jsonl
 
-    Randomness restarts from (seed, epoch), so resuming at an epoch's start is bit-identical.
-    `header` names all that made the run; a digest of it is in the checkpoint's name, and a file
-    that holds another one is refused. What else training depends on (an average of the weights,
-    statistics of noise) goes into `extras`: objects with state_dict and load_state_dict, by name.
+    `parts` is all that training changes: objects with state_dict and load_state_dict, by name.
+    Random numbers depend on (seed, epoch) only, so resuming after any epoch is bit-identical. A
+    digest of all that shapes training is in the checkpoint's name: other settings, another file.
+    `shared`: full precision, which is read without --resume wherever FP_FLAGS are the same.
     """
 
-    def __init__(self, args: argparse.Namespace, data: "Data", model: nn.Module,
-                 optimizer: torch.optim.Optimizer, method: str, seed: int, epochs: int, lr: float,
-                 warmup: float = 0.0, header: dict | None = None, extras: dict | None = None):
-        self.parts = {"model": model, "optimizer": optimizer} | (extras or {})
-        self.args, self.data, self.model, self.optimizer = args, data, model, optimizer
-        self.method, self.seed, self.total = method, seed, epochs
-        self.peak, self.warmup = lr, warmup
-        self.script, self.history, self.finished = Path(sys.argv[0]).stem, [], None
-        self.stream = seed * 100_003 + (2**41 if header else 0)  # full precision has one of its own
-        flags = {k: str(v) for k, v in sorted(vars(args).items()) if k not in (
-            "bits out resume seed data_dir device recipe ablate compare controls diagnose measure "
-            "study sweep_bits").split()}
-        self.header = header or flags | {"script": self.script, "method": method, "seed": seed,
-                                         "dataset": data.name, "data": data.fingerprint, "pad": PAD}
-        digest = hashlib.sha256(json.dumps(self.header, sort_keys=True).encode()).hexdigest()[:8]
-        name = "-".join([method, args.model, data.name] if header else [
-            self.script, method, args.model, data.name,
-            *([args.quantizer] if args.quantizer != "lsq" else []),
-            f"w{args.wbits}a{args.abits}", f"s{seed}"])
-        self.path = args.out / f"{name}-{digest}.pt"
-        if args.resume:
-            for stale in args.out.glob(f"{name}-{digest}.*.part"):  # of a run killed while it wrote
-                stale.unlink(missing_ok=True)
-        if (args.resume or header) and self.path.exists():
+    def __init__(self, args: Namespace, data: Data, method: str, seed: int, epochs: int,
+                 warmup: float = 0.0, shared: bool = False, **parts):
+        self.args, self.data, self.method, self.seed, self.parts = args, data, method, seed, parts
+        self.total, self.warmup, self.shared = epochs, warmup, shared
+        self.peak = parts["optimizer"].defaults["lr"]
+        self.time, self.history, self.results = 0.0, [], {}  # time: epochs so far, for ramps
+        self.identity = {"method": method, "seed": seed, "data": data.fingerprint} | {
+            k: v for k, v in sorted(vars(args).items())
+            if (k in FP_FLAGS if shared else k not in NOT_SHAPING and not isinstance(v, bool))}
+        script = "" if shared else Path(args.script).stem + "-"
+        digest = hashlib.sha256(json.dumps(self.identity).encode()).hexdigest()[:8]
+        self.path = args.out / f"{script}{method}-{args.model}-{data.name}-s{seed}-{digest}.pt"
+        if (args.resume or shared) and self.path.exists():
             self.load()
-        elif args.resume and not header and any(args.out.glob(f"{name}-*.pt")):
-            print(f"{name} in {args.out} was made by another command; starting afresh for this one",
-                  file=sys.stderr)
 
     def load(self) -> None:
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # about foreign files: the one line below is enough
-                if zipfile.ZipFile(self.path).testzip():  # torch.load looks at no check sum
-                    raise ValueError
-                state = torch.load(self.path, map_location="cpu", weights_only=True)
-            for key in self.header | state["header"]:
-                mine, theirs = self.header.get(key), state["header"].get(key)
-                if mine != theirs:
-                    raise UsageError(f"{self.path} was made with {key} {theirs}, this command says "
-                                     f"{mine}; take another --out or delete it")
+            if zipfile.ZipFile(self.path).testzip():  # torch.load checks no sums
+                raise ValueError("a byte has changed")
+            state = torch.load(self.path, map_location="cpu", weights_only=True)
+            if state["identity"] != self.identity:
+                raise ValueError("made by another command")
             for name, part in self.parts.items():
                 part.load_state_dict(state[name])
-            self.history, self.finished = state["history"], state["finished"]
-        except UsageError:
-            raise
+            self.history, self.results = state["history"], state["results"]
         except Exception as error:  # half a dozen kinds for a damaged or incomplete file
-            raise UsageError(f"{self.path} is damaged or none of ours ({type(error).__name__}); "
-                             "delete it to start afresh") from None
+            raise UsageError(f"{self.path} is damaged or not ours ({type(error).__name__}); delete "
+                             "it to start afresh") from None
 
     def save(self) -> None:
-        state = {"header": self.header, "history": self.history, "finished": self.finished}
-        state |= {name: part.state_dict() for name, part in self.parts.items()}
-        whole = io.BytesIO()  # as torch.save says less clearly than a file why it cannot write
-        torch.save(state, whole)
+        state = {"identity": self.identity, "history": self.history, "results": self.results}
+        whole = io.BytesIO()  # since torch.save hides why a file cannot be written
+        torch.save(state | {name: part.state_dict() for name, part in self.parts.items()}, whole)
         partial = self.path.with_suffix(f".{os.getpid()}.part")  # so `path` is whole or absent
         try:
             partial.write_bytes(whole.getbuffer())
             os.replace(partial, self.path)
-        except OSError as error:
-            raise OSError(f"{self.path} cannot be written: {error.strerror}") from None
         finally:
             partial.unlink(missing_ok=True)
 
-    def epochs(self) -> Iterator[int]:
-        for epoch in range(len(self.history), self.total):
-            torch.manual_seed(2**40 + self.stream + epoch)  # not what the batches are drawn from
-            self.epoch, self.sums, self.steps, self.notes = epoch, {}, 0, {}
-            self.finite, self.good = torch.tensor(True), 0  # steps until a loss was not finite
-            self.model.train()
-            yield epoch
-            acc, loss = evaluate(self.model, self.data)
-            self.check(loss)
-            self.history.append({"epoch": epoch + 1, **self.means, "test_loss": loss,
-                                 "test_acc": acc, "seconds": self.seconds, **self.notes})
-            self.save()
-            left = int((self.total - epoch - 1) * np.mean([h["seconds"] for h in self.history]))
-            print(f"{self.method:<5} seed {self.seed}  epoch {epoch + 1:>3}/{self.total}  "
-                  + "  ".join(f"{k} {v:.4f}" for k, v in self.means.items())
-                  + f"  test loss {loss:.4f}  test acc {acc:5.2f} %  {self.seconds:5.1f} s  "
-                  f"left {left // 60}:{left % 60:02d}", flush=True)
+    def stream(self, purpose: str) -> int:
+        stage = "full precision" if self.shared else "method"
+        return random_stream(stage, purpose, self.seed, self.epoch)
 
-    def batches(self, views: tuple[str, ...] = ("crop+flip",)) -> Iterator[tuple[Tensor, ...]]:
-        started = time.perf_counter()
-        draws = torch.Generator().manual_seed(self.stream + self.epoch)
-        steps = self.data.steps(self.args.batch_size)
-        for i, batch in enumerate(self.data.batches(self.args.batch_size, draws, views)):
-            for group in self.optimizer.param_groups:
+    def epochs(self) -> Iterator[int]:
+        for self.epoch in range(len(self.history), self.total):
+            torch.manual_seed(self.stream("noise"))
+            self.sums, self.notes = {}, {}
+            self.parts["model"].train()
+            yield self.epoch
+            acc, loss = evaluate(self.parts["model"], self.data)
+            self.check(loss)
+            self.history.append({"epoch": self.epoch + 1, **self.means, "loss": loss, "acc": acc,
+                                 "seconds": self.seconds, **self.notes})
+            self.save()
+            average = np.mean([h["seconds"] for h in self.history])
+            left = int((self.total - self.epoch - 1) * average)
+            means = "  ".join(f"{k} {v:.4f}" for k, v in self.means.items())
+            self.show(f"epoch {self.epoch + 1:>3}/{self.total}  {means}  {self.data.split} loss "
+                      f"{loss:.4f}  acc {acc:5.2f} %  {self.seconds:5.1f} s  left "
+                      f"{left // 60}:{left % 60:02d}")
+
+    def show(self, text: str) -> None:
+        clear = "\r\033[K" if sys.stdout.isatty() else ""  # takes the place of the step's line
+        print(f"{clear}{self.method:<9} seed {self.seed}  {text}", flush=True)
+
+    def batches(self, views: tuple[str, ...] | None = None) -> Iterator[tuple[Tensor, ...]]:
+        """The batches of the epoch, one image tensor for each of `views`, by default --augment."""
+        started = shown = time.perf_counter()
+        size, steps = self.args.batch_size, self.data.steps(self.args.batch_size)
+        draws = torch.Generator().manual_seed(self.stream("batches"))
+        for i, batch in enumerate(self.data.batches(size, draws, views or (self.args.augment,))):
+            self.time = self.epoch + i / steps
+            for group in self.parts["optimizer"].param_groups:
                 group["lr"] = cosine_lr(self.epoch * steps + i, self.total * steps, self.peak,
                                         self.warmup)
-            self.steps = i + 1
             yield batch
-            self.good = self.good + self.finite
-        # Here the device is waited for, once per epoch.
-        self.means = {k: v.item() / self.steps for k, v in self.sums.items()}
+            now = time.perf_counter()
+            if sys.stdout.isatty() and now > shown + 1:  # waits for the device: once a second
+                left, shown = (now - started) / (i + 1) * (steps - i - 1), now
+                print(f"\r\033[Kepoch {self.epoch + 1}  step {i + 1}/{steps}  loss "
+                      f"{self.sums['loss'].item() / (i + 1):.4f}  {left:.0f} s left", end="",
+                      flush=True)
+        self.means = {k: v.item() / steps for k, v in self.sums.items()}  # waits, once per epoch
         self.seconds = time.perf_counter() - started
         self.check(*self.means.values())
 
     def check(self, *losses: float) -> None:
         """FloatingPointError, which ends the script, if a loss is not finite."""
-        if all(map(math.isfinite, losses)):
-            return
-        flag = "--lr" if self.peak == self.args.lr else "--batch-size, which its rate grows with"
-        step = min(int(self.good), self.steps - 1)
-        rate = cosine_lr(self.epoch * self.steps + step, self.total * self.steps, self.peak,
-                         self.warmup)
-        kept = ". The checkpoint of the epoch before is kept" if self.history else ""
-        raise FloatingPointError(f"{self.method}: the loss is not finite from step {step + 1} of "
-                                 f"epoch {self.epoch + 1} on, learning rate {rate:.3g}; try a "
-                                 f"smaller {flag}{kept}")
+        if not all(map(math.isfinite, losses)):
+            raise FloatingPointError(f"{self.method}: the loss is not finite in epoch "
+                                     f"{self.epoch + 1}; its learning rate peaks at {self.peak:g}, "
+                                     "try a smaller one (--fp-lr in full precision, --lr after it)")
 
     def log(self, **losses: Tensor) -> None:
         for name, value in losses.items():
             self.sums[name] = self.sums.get(name, 0) + value.detach()
-            self.finite = self.finite & value.detach().isfinite()
 
     def note(self, **numbers: float | tuple[float, ...]) -> None:
         """Keep numbers of this epoch in the history, so that they survive a resume."""
         self.notes |= numbers
 
-    def finish(self, wbits: int | None = None, abits: int | None = None) -> dict:
-        """The result as a dict; one line of results.jsonl, however often the run is resumed."""
-        a = self.args
-        if self.finished:
-            print(f"{self.method:<5} seed {self.seed}  already trained: {self.path}")
-        else:
-            self.finished = {
-                "script": self.script, "method": self.method, "dataset": self.data.name,
-                "model": a.model, "quantizer": None if self.method == "fp" else a.quantizer,
-                "wbits": wbits or a.wbits, "abits": abits or a.abits,
-                "seed": self.seed, "epochs": self.total, "train_size": len(self.data.train_labels),
-                "test_acc": self.history[-1]["test_acc"],
-                "test_loss": self.history[-1]["test_loss"],
-                "seconds_per_epoch": float(np.mean([h["seconds"] for h in self.history])),
-                "torch": str(torch.__version__), "device": str(a.device),
-                "command": shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])}
+    def finish(self, model: nn.Module | None = None, **row) -> dict:
+        """The result of the trained network, or of another `model` of this run; `row` sets or
+        changes entries. One line of results.jsonl, however often the run is resumed.
+
+        Batch norm's running statistics are first taken anew from one fixed pass over the training
+        images, in every script and for every row alike [choice]: those left by training follow the
+        last few batches, and move a result by up to a point.
+        """
+        a, model, method = self.args, model or self.parts["model"], row.get("method", self.method)
+        if method not in self.results:
+            draws = torch.Generator().manual_seed(random_stream("batch norm"))
+            update_bn((x for x, _ in self.data.batches(a.batch_size, draws, (a.augment,))), model)
+            acc, loss = evaluate(model, self.data)
+            self.results[method] = self.identity | {
+                "script": a.script, "dataset": self.data.name, "split": self.data.split,
+                "train_size": len(self.data.train_labels), "quantizer": a.quantizer,
+                "wbits": a.wbits, "abits": a.abits, "acc": acc, "loss": loss, "command": a.command,
+                "seconds_per_epoch": float(np.mean([h["seconds"] for h in self.history]))} | row
             self.save()
-        return record(a.out, self.finished)
+        result = self.results[method]
+        self.show(f"{method}: {result['split']} loss {result['loss']:.4f}  acc "
+                  f"{result['acc']:.2f} %")
+        return record(a.out, result)
 
 
 def record(out: Path, result: dict) -> dict:
@@ -351,481 +956,15 @@ def record(out: Path, result: dict) -> dict:
     return result
 
 
-def result_table(results: list[dict], baseline: str) -> str:
-    """One row per method: accuracy of the last epoch, mean ± sample deviation over seeds."""
-    first, wide = results[0], max(8, *(len(r["method"]) + 2 for r in results))
-    lines = [f"\n{first['dataset']}, {first['train_size']} training images, {first['model']}, "
-             f"quantizer {results[-1]['quantizer']}, accuracy of the last epoch",
-             f"{'method':<{wide}}{'W/A':<7}{'test acc %':<15}{'vs ' + baseline:<9}{'test loss':<11}"
-             f"{'epochs':<8}{'s/epoch':<9}seeds"]
-    groups = {}
-    for result in results:
-        groups.setdefault(tuple(result[k] for k in ("method", "wbits", "abits")), []).append(result)
-    mean = {key: np.mean([r["test_acc"] for r in group]) for key, group in groups.items()}
-    for (method, *bits), group in groups.items():
-        acc = f"{mean[method, *bits]:.2f}"
-        if len(group) > 1:
-            acc += f" ± {np.std([r['test_acc'] for r in group], ddof=1):.2f}"
-        reference = mean.get((baseline, *bits))
-        delta = "" if reference is None else f"{mean[method, *bits] - reference:+.2f}"
-        loss, seconds = (np.mean([r[k] for r in group]) for k in ("test_loss", "seconds_per_epoch"))
-        lines.append(f"{method:<{wide}}{f'{bits[0]}/{bits[1]}':<7}{acc:<15}{delta:<9}{loss:<11.4f}"
-                     f"{group[0]['epochs']:<8}{seconds:<9.1f}{len(group)}")
-    return "\n".join(lines)
-
-
-# --------------------- 2. Data: uint8, whole on the device, one vectorised crop and flip per batch
-
-PUBLISHED = {  # mean and deviation of the training pixels in [0, 1], as commonly published
-    "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
-    "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762))}
-PAD = 2  # black pixels around a training image, out of which a random 32 x 32 window is cut; 4 is
-#          usual for hundreds of epochs, but a small network in 15 epochs underfits as it is
-
-
-@dataclass
-class Data:
-    """A data set on one device. Images are uint8 N x 32 x 32 x 3, those for training with PAD black
-    pixels around them; labels are int64 N, -1 if unknown; mean and std belong to the 3 channels."""
-
-    name: str
-    classes: int
-    train_padded: Tensor
-    train_labels: Tensor
-    test_images: Tensor
-    test_labels: Tensor
-    mean: Tensor
-    std: Tensor
-    fingerprint: int  # of all pixels and labels used: checkpoints carry it
-
-    def normalize(self, images: Tensor) -> Tensor:
-        """uint8 N x H x W x 3 -> float N x 3 x H x W, a view in channels_last order."""
-        return images.float().div_(255).sub_(self.mean).div_(self.std).permute(0, 3, 1, 2)
-
-    def steps(self, batch_size: int) -> int:
-        """Batches per epoch. What is left over at the end is dropped: batch norm wants no rump."""
-        return max(1, len(self.train_labels) // batch_size)
-
-    def batches(self, batch_size: int, draws: torch.Generator,
-                views: tuple[str, ...] = ("crop+flip",)) -> Iterator[tuple[Tensor, ...]]:
-        """One shuffled epoch of (images N x 3 x 32 x 32 for each of `views`, labels N). A view
-        whose name lacks "crop" or "flip" goes without it. `draws` lives on the CPU, so that a seed
-        means the same batches everywhere; the first view is the same however many there are."""
-        n, device = len(self.train_labels), self.train_labels.device
-        order, moves = self.order(batch_size, draws).to(device), []
-        for view in views:
-            corner = torch.randint(0, 2 * PAD + 1, (2, n), generator=draws)
-            flip = torch.randint(0, 2, (n,), generator=draws).bool()
-            moves.append(((corner if "crop" in view else corner * 0 + PAD).to(device),
-                          (flip & ("flip" in view)).to(device)))
-        for i in range(self.steps(batch_size)):  # all draws are on the device: no step waits
-            at = slice(i * batch_size, (i + 1) * batch_size)
-            index = order[at]
-            yield (*(self.augment(index, corner[:, at], flip[at]) for corner, flip in moves),
-                   self.train_labels[index])
-
-    def order(self, batch_size: int, draws: torch.Generator) -> Tensor:
-        """The training images of an epoch in random order. If some have no label (-1), a quarter of
-        each batch are labelled ones; either kind begins anew when it is used up."""
-        n, labelled = len(self.train_labels), self.train_labels.cpu() >= 0
-        if labelled.all():
-            return torch.randperm(n, generator=draws)
-        batch_size = min(batch_size, n)
-        few = max(1, batch_size // 4)
-        shares = few, batch_size - few
-        columns = []
-        for of, share in zip((labelled, ~labelled), shares):
-            of, count = of.nonzero().flatten(), self.steps(batch_size) * share
-            rounds = [of[torch.randperm(len(of), generator=draws)]
-                      for _ in range(math.ceil(count / len(of)))]
-            columns.append(torch.cat(rounds)[:count].reshape(-1, share))
-        return torch.cat(columns, 1).flatten()
-
-    def labelled(self) -> "Data":
-        """The labelled training images only."""
-        keep = self.train_labels >= 0
-        if keep.all():
-            return self
-        return replace(self, train_padded=self.train_padded[keep],
-                       train_labels=self.train_labels[keep],
-                       fingerprint=zlib.crc32(keep.cpu().numpy(), self.fingerprint))
-
-    def augment(self, index: Tensor, corner: Tensor, flip: Tensor) -> Tensor:
-        """The training images `index` (N), each cut out at its corner (2 x N, row and column) and
-        mirrored where flip (N) says so, normalised."""
-        line = torch.arange(32, device=index.device)
-        rows = corner[0, :, None] + line
-        columns = corner[1, :, None] + torch.where(flip[:, None], 31 - line, line)
-        return self.normalize(
-            self.train_padded[index[:, None, None], rows[:, :, None], columns[:, None, :]])
-
-    def sample(self, count: int) -> tuple[Tensor, Tensor]:
-        """`count` fixed random training images, not augmented: for calibration and diagnosis."""
-        index = torch.randperm(len(self.train_labels), generator=torch.Generator().manual_seed(0))
-        index = index[:count].to(self.train_labels.device)
-        images = self.train_padded[index, PAD:-PAD, PAD:-PAD]
-        return self.normalize(images), self.train_labels[index]
-
-
-def load_data(name: str, data_dir: Path, train_size: int | None = None, seed: int = 0,
-              device: torch.device | str = "cpu", dry_run: bool = False) -> Data:
-    """A data set by name; `train_size` draws a class-balanced subset by `seed`.
-
-    "auto" is CIFAR-10 if at hand, else shapes, and says so. UsageError for missing or bad data.
-    """
-    readers = {"folder": read_folder, "shapes": lambda _: draw_shapes()}
-    try:
-        real = "cifar10" if name == "auto" else name
-        arrays = readers[real](data_dir) if real in readers else read_torchvision(real, data_dir)
-    except UsageError as error:
-        if name != "auto":
-            raise
-        real, bar = "shapes", "!" * 99
-        print(f"{bar}\n!! {error}\n!! Training on the drawn data set 'shapes' instead: its figures "
-              f"say nothing about CIFAR-10.\n{bar}", file=sys.stderr)
-        arrays = draw_shapes()
-    train_x, train_y, test_x, test_y, classes = arrays
-    if train_size is not None:
-        if not classes <= train_size <= len(train_y):
-            raise UsageError(f"--train-size {train_size} should be from {classes} (the classes of "
-                             f"{real}) to {len(train_y)} (its training images)")
-        keep = balanced_subset(train_y, train_size, seed)
-        train_x, train_y = train_x[keep], train_y[keep]
-    if dry_run:  # every class, however the images are sorted
-        few = [slice(None, None, max(1, len(y) // 64)) for y in (train_y, test_y)]
-        train_x, train_y = train_x[few[0]].contiguous(), train_y[few[0]].contiguous()
-        test_x, test_y = test_x[few[1]].contiguous(), test_y[few[1]].contiguous()
-    pixels = train_x[::1 + len(train_x) // 10_000].float().div(255).flatten(0, 2)
-    measured = pixels.mean(0), pixels.std(0).clamp_min(1e-3)
-    mean, std = map(torch.tensor, PUBLISHED[real]) if real in PUBLISHED else measured
-    fingerprint = 0
-    for part in (train_x, train_y, test_x, test_y):
-        fingerprint = zlib.crc32(part.numpy(), fingerprint)
-    train_x = F.pad(train_x, (0, 0, PAD, PAD, PAD, PAD))
-    parts = (part.to(device) for part in (train_x, train_y, test_x, test_y, mean, std))
-    return Data(real, classes, *parts, fingerprint)
-
-
-def balanced_subset(labels: Tensor, size: int, seed: int) -> Tensor:
-    """Indices of `size` random examples, the classes as equal in number as the data allows."""
-    order = np.random.default_rng(seed).permutation(len(labels))
-    shuffled = labels.numpy()[order]
-    rank = np.empty(len(labels), np.int64)  # how many of its class come earlier
-    for c in np.unique(shuffled):
-        rank[shuffled == c] = np.arange((shuffled == c).sum())
-    return torch.from_numpy(np.sort(order[np.argsort(rank, kind="stable")[:size]]))
-
-
-def import_torchvision():
-    """torchvision, also where its compiled operators do not fit the installed torch: a CPU torch
-    beside the usual wheel lacks two box operators, which nothing here uses. Declare, try again."""
-    try:
-        import torchvision
-    except RuntimeError as error:
-        if "torchvision::nms" not in str(error):
-            raise
-        import_torchvision.library = library = torch.library.Library("torchvision", "FRAGMENT")
-        for operator in ("nms", "qnms"):
-            library.define(f"{operator}(Tensor dets, Tensor scores, float threshold) -> Tensor")
-        for name in [n for n in sys.modules if n.split(".")[0] == "torchvision"]:
-            del sys.modules[name]
-        import torchvision
-    return torchvision
-
-
-def reachable(url: str, seconds: float = 4.0) -> bool:
-    """Whether `url` answers in time; asked in a thread, as looking up a name knows no time-out."""
-    def ask():
-        try:
-            urllib.request.urlopen(url, timeout=seconds).close()
-            answers.append(url)
-        except (OSError, ValueError):
-            return  # whatever the reason, it cannot be reached
-
-    answers, thread = [], threading.Thread(target=ask, daemon=True)
-    thread.start()
-    thread.join(seconds)
-    return bool(answers)
-
-
-def read_torchvision(name: str, data_dir: Path) -> tuple:
-    """cifar10, cifar100 or fashion_mnist, which torchvision downloads and verifies."""
-    datasets = import_torchvision().datasets
-    kind, url = {"cifar10": (datasets.CIFAR10, datasets.CIFAR10.url),
-                 "cifar100": (datasets.CIFAR100, datasets.CIFAR100.url),
-                 "fashion_mnist": (datasets.FashionMNIST, datasets.FashionMNIST.mirrors[0])}[name]
-    try:
-        parts = [kind(data_dir, train) for train in (True, False)]
-    except (ValueError, AssertionError, EOFError) as error:  # there, but not what it should be
-        raise UsageError(f"{name} in {data_dir} is damaged ({error}); delete it") from None
-    except RuntimeError:  # not there, or not whole
-        if not reachable(url):
-            raise UsageError(f"{name} is not in {data_dir} and its host cannot be reached; "
-                             "--dataset shapes needs neither") from None
-        socket.setdefaulttimeout(15)  # a download that stalls should fail, not hang
-        try:
-            parts = [kind(data_dir, train, download=True) for train in (True, False)]
-        except (OSError, RuntimeError) as error:
-            raise UsageError(f"{name} could not be downloaded: {error}") from None
-    out = []
-    for part in parts:
-        images = torch.as_tensor(part.data).contiguous()  # CIFAR's is a transposed view
-        if images.dim() == 3:  # grey, 28 x 28: centred on 32 x 32, three equal channels
-            images = F.pad(images, (2, 2, 2, 2))[..., None].repeat(1, 1, 1, 3)
-        out += [images, torch.as_tensor(part.targets)]
-    return *out, len(parts[0].classes)
-
-
-def read_image(path: str) -> np.ndarray:
-    """Any image as uint8 32 x 32 x 3; 16 bits of grey are scaled, where PIL alone would cut."""
-    from PIL import Image  # what torchvision reads images with
-
-    with Image.open(path) as image:
-        if image.mode == "F":
-            raise ValueError("its pixels are floating-point, whose black and white are not known")
-        if image.mode.startswith("I"):
-            grey = np.asarray(image)
-            image = Image.fromarray((grey // (257 if grey.max() > 255 else 1)).astype(np.uint8))
-        image = image.convert("RGB")
-        return np.asarray(image if image.size == (32, 32) else image.resize((32, 32)))
-
-
-def read_folder(data_dir: Path) -> tuple:
-    """DIR/train/<class>/* and DIR/test/<class>/*: the image formats that torchvision's ImageFolder
-    takes, by their endings; resized to 32 x 32."""
-    datasets, out, classes = import_torchvision().datasets, [], []
-    for part in ("train", "test"):
-        try:
-            folder = datasets.ImageFolder(data_dir / part)
-        except OSError as error:
-            raise UsageError(f"--data-dir {data_dir} should hold train/<class>/* and "
-                             f"test/<class>/*: {str(error).splitlines()[0]}") from None
-        images = np.empty((len(folder), 32, 32, 3), np.uint8)
-        for i, (path, _) in enumerate(folder.samples):
-            try:
-                images[i] = read_image(path)
-            except Exception as error:  # PIL raises many kinds for a damaged image
-                raise UsageError(f"{path} cannot be read as an image: {error}") from None
-        classes.append(folder.classes)
-        out += [torch.from_numpy(images), torch.tensor(folder.targets)]
-    if classes[0] != classes[1] or len(classes[0]) < 2:
-        odd = sorted(set(classes[0]) ^ set(classes[1])) or classes[0]
-        raise UsageError(f"{data_dir} should have the same classes, two or more, in train and in "
-                         f"test; look at {', '.join(odd[:5])}")
-    return *out, len(classes[0])
-
-
-def polygon(x: np.ndarray, y: np.ndarray, corners: int, apothem: float) -> np.ndarray:
-    angles = 2 * np.pi * np.arange(corners) / corners
-    return np.max([x * np.cos(a) + y * np.sin(a) for a in angles], axis=0) - apothem
-
-
-def box(x: np.ndarray, y: np.ndarray, width: float, height: float) -> np.ndarray:
-    return np.maximum(np.abs(x) - width, np.abs(y) - height)
-
-
-SHAPES = {  # signed distance to a shape of about unit size, negative inside
-    "disk": lambda x, y: np.hypot(x, y) - 0.85,
-    "ring": lambda x, y: np.abs(np.hypot(x, y) - 0.7) - 0.2,
-    "square": lambda x, y: box(x, y, 0.75, 0.75),
-    "bar": lambda x, y: box(x, y, 1.0, 0.35),
-    "cross": lambda x, y: np.minimum(box(x, y, 0.95, 0.27), box(x, y, 0.27, 0.95)),
-    "triangle": lambda x, y: polygon(x, y, 3, 0.5),
-    "hexagon": lambda x, y: polygon(x, y, 6, 0.8),
-    "star": lambda x, y: np.hypot(x, y) - 0.7 - 0.3 * np.cos(5 * np.arctan2(y, x)),
-    "crescent": lambda x, y: np.maximum(np.hypot(x, y) - 0.9, 0.75 - np.hypot(x - 0.45, y)),
-    "dumbbell": lambda x, y: np.hypot(np.abs(x) - 0.6, y) - 0.4}
-
-
-def draw_shapes(train: int = 3200, test: int = 1000, seed: int = 0) -> tuple:
-    """Ten drawn shapes of random place, size, turn and colour over clutter and noise; the classes
-    in equal shares. Deterministic in `seed`, needs no download."""
-    rng, count, pixel = np.random.default_rng(seed), train + test, np.arange(32, dtype=np.float32)
-
-    def uniform(low, high, *shape):
-        return rng.uniform(low, high, (count, *shape)).astype(np.float32)
-
-    def draw(image, kinds, size, low, high):
-        """Lay one shape of kind kinds[i] and of a random colour over image[i]."""
-        size, turn, cx, cy = uniform(*size, 1, 1), uniform(0, 2 * np.pi, 1, 1), *(
-            uniform(11, 20, 1, 1) for _ in range(2))
-        dx, dy = (pixel[None, None, :] - cx) / size, (pixel[None, :, None] - cy) / size
-        x, y = np.cos(turn) * dx + np.sin(turn) * dy, np.cos(turn) * dy - np.sin(turn) * dx
-        cover = np.empty((count, 32, 32), np.float32)
-        for k, distance in enumerate(SHAPES.values()):
-            of = kinds == k
-            cover[of] = np.clip(0.5 - distance(x[of], y[of]) * size[of], 0, 1)  # soft, 1 pixel wide
-        return image + cover[..., None] * (uniform(low, high, 1, 1, 3) - image)
-
-    labels = rng.permutation(np.arange(count) % len(SHAPES))
-    tilt = (pixel[:, None, None] - 15.5) / 32
-    image = uniform(0, 0.5, 1, 1, 3) + tilt * uniform(-0.4, 0.4, 1, 1, 3) + np.zeros((32, 1), "f")
-    image = draw(image, rng.integers(0, len(SHAPES), count), (2, 4), 0.2, 0.8)  # clutter
-    image = draw(image, labels, (6, 11), 0.4, 1)
-    image = image + rng.normal(0, 0.04, image.shape).astype(np.float32)
-    images = torch.from_numpy(np.clip(image * 255, 0, 255).astype(np.uint8))
-    labels = torch.from_numpy(labels)
-    return images[:train], labels[:train], images[train:], labels[train:], len(SHAPES)
-
-# ------------------------------------------------------------------------------------- 3. Models
-
-
-class Block(nn.Module):
-    """Two 3 x 3 convolutions beside a shortcut: a 1 x 1 convolution where the shape changes."""
-
-    def __init__(self, inputs: int, outputs: int, stride: int):
-        super().__init__()
-        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(outputs)
-        self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
-        self.bn2 = nn.BatchNorm2d(outputs)
-        self.shortcut = nn.Identity() if inputs == outputs else nn.Sequential(
-            nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
-
-    def forward(self, x: Tensor) -> Tensor:
-        out = self.bn2(self.conv2(F.relu_(self.bn1(self.conv1(x)))))
-        return F.relu_(out + self.shortcut(x))
-
-
-class CifarResNet(nn.Module):
-    """Residual network for N x 3 x 32 x 32: a stem, then stages of blocks, each twice as wide."""
-
-    def __init__(self, stages: list[int], classes: int, width: int = 16):
-        super().__init__()
-        self.conv = nn.Conv2d(3, width, 3, 1, 1, bias=False)
-        self.bn = nn.BatchNorm2d(width)
-        blocks, inputs = [], width
-        for i, count in enumerate(stages):
-            for j in range(count):
-                blocks.append(Block(inputs, width * 2**i, stride=2 if i > 0 and j == 0 else 1))
-                inputs = width * 2**i
-        self.blocks = nn.Sequential(*blocks)
-        self.fc = nn.Linear(inputs, classes)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc(self.blocks(F.relu_(self.bn(self.conv(x)))).mean((2, 3)))
-
-
-class Product(nn.Module):
-    """a @ b of two features, as a module for `quantize` to replace."""
-
-    def forward(self, a: Tensor, b: Tensor) -> Tensor:
-        return a @ b
-
-
-class Attention(nn.Module):
-    """Self-attention over N x T x width; each matrix product is a module of its own."""
-
-    def __init__(self, width: int, heads: int):
-        super().__init__()
-        self.heads = heads
-        self.q, self.k, self.v, self.proj = (nn.Linear(width, width) for _ in range(4))
-        self.scores, self.mix = Product(), Product()
-
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = (linear(x).unflatten(2, (self.heads, -1)).transpose(1, 2)
-                   for linear in (self.q, self.k, self.v))
-        weights = (self.scores(q, k.transpose(2, 3)) * q.shape[3] ** -0.5).softmax(3)
-        return self.proj(self.mix(weights, v).transpose(1, 2).flatten(2))
-
-
-class ViTBlock(nn.Module):
-    """x + attention(norm(x)), then x + fc2(gelu(fc1(norm(x)))): N x T x width."""
-
-    def __init__(self, width: int, heads: int):
-        super().__init__()
-        self.norm1, self.attention = nn.LayerNorm(width), Attention(width, heads)
-        self.norm2 = nn.LayerNorm(width)
-        self.fc1, self.fc2 = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attention(self.norm1(x))
-        return x + self.fc2(F.gelu(self.fc1(self.norm2(x))))
-
-
-class ViT(nn.Module):
-    """Vision transformer for N x 3 x 32 x 32: 64 patches of 4 x 4, their mean classified. DeiT-Ti
-    has this width and these heads, depth 12 and a class token."""
-
-    def __init__(self, classes: int, depth: int = 4, width: int = 192, heads: int = 3):
-        super().__init__()
-        self.patches = nn.Conv2d(3, width, 4, 4)
-        self.position = nn.Parameter(0.02 * torch.randn(1, 64, width))
-        self.blocks = nn.Sequential(*(ViTBlock(width, heads) for _ in range(depth)))
-        self.norm, self.fc = nn.LayerNorm(width), nn.Linear(width, classes)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.patches(x).flatten(2).transpose(1, 2) + self.position
-        return self.fc(self.norm(self.blocks(x)).mean(1))
-
-
-def mobilenet_v1(classes: int) -> nn.Sequential:
-    """MobileNet (Howard et al. 2017, table 1): 3 x 3 convolutions of each channel apart, then
-    1 x 1; batch norm and ReLU after each. Its first stride, of 2, is 1 for 32 x 32 images."""
-    def unit(inputs, outputs, size, stride=1, groups=1):
-        conv = nn.Conv2d(inputs, outputs, size, stride, size // 2, groups=groups, bias=False)
-        return conv, nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)
-
-    layers, inputs = [*unit(3, 32, 3)], 32
-    for outputs, stride in [(64, 1), (128, 2), (128, 1), (256, 2), (256, 1), (512, 2),
-                            *[(512, 1)] * 5, (1024, 2), (1024, 1)]:
-        layers += [*unit(inputs, inputs, 3, stride, inputs), *unit(inputs, outputs, 1)]
-        inputs = outputs
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(1024, classes))
-
-
-def build_model(name: str, classes: int, depth: int = 4) -> nn.Module:
-    """A network for N x 3 x 32 x 32 images, freshly initialised from torch's global generator."""
-    if name == "vit_tiny":
-        return ViT(classes, depth)
-    if name == "resnet8":  # MLPerf Tiny, 78 k parameters
-        return CifarResNet([1, 1, 1], classes)
-    if name == "resnet20":  # He et al. 2016, section 4.2, with 1 x 1 convolutions as shortcuts
-        return CifarResNet([3, 3, 3], classes)
-    if name == "mobilenet_v1":
-        return mobilenet_v1(classes)
-    models = import_torchvision().models
-    if name == "mobilenet_v2":  # the usual strides for 32 x 32 images: two of five are left out
-        model = models.mobilenet_v2(num_classes=classes, dropout=0.0)
-        model.features[0][0].stride = model.features[2].conv[1][0].stride = (1, 1)
-        return model
-    kind = {"resnet18": models.resnet18, "resnet50": models.resnet50}[name]
-    # Blocks start as the identity: else FP_LR first throws a ResNet-50 far off.
-    model = kind(num_classes=classes, zero_init_residual=True)
-    model.conv1 = nn.Conv2d(3, 64, 3, 1, 1, bias=False)  # the usual stem for 32 x 32 images
-    model.maxpool = nn.Identity()
-    return model
-
-
-FP_LR, FP_WARMUP, FP_DECAY = 0.2, 0.1, 1e-4  # peak rate per 128 images, share of rising steps
-VIT_LR, VIT_DECAY = 1e-3, 0.05  # the same for vit_tiny, which wants AdamW
-
-
-def fp_optimizer(args: argparse.Namespace, data: Data,
-                 model: nn.Module) -> tuple[torch.optim.Optimizer, float]:
-    """(optimizer, peak learning rate) of full-precision training: Nesterov SGD, or AdamW."""
-    images = min(args.batch_size, len(data.train_labels))
-    if args.model == "vit_tiny":
-        lr = VIT_LR * images / 128
-        return torch.optim.AdamW(model.parameters(), lr, weight_decay=VIT_DECAY), lr
-    lr = FP_LR * images / 128
-    return sgd(model, lr, FP_DECAY, nesterov=True), lr
-
-
-def full_precision(args: argparse.Namespace, data: Data) -> tuple[nn.Module, dict]:
-    """The full-precision network in eval mode and its result. Trained once: the checkpoint names
-    all that made it, so that seeds, methods and scripts share it and other settings do not."""
-    header = {"model": args.model, "dataset": data.name, "data": data.fingerprint,
-              "pad": PAD, "fp_seed": args.fp_seed, "fp_epochs": args.fp_epochs, "lr": FP_LR,
-              "warmup": FP_WARMUP, "batch_size": args.batch_size, "decay": FP_DECAY}
-    if args.model == "vit_tiny":
-        header |= {"lr": VIT_LR, "decay": VIT_DECAY, "depth": args.depth}
-    torch.manual_seed(args.fp_seed)
+def full_precision(args: Namespace, data: Data) -> tuple[nn.Module, dict]:
+    """The full-precision network in eval mode and its result. It is trained once and then read
+    from its checkpoint, by all methods, seeds and scripts that ask for the same."""
+    torch.manual_seed(random_stream("weights", args.fp_seed))
     model = build_model(args.model, data.classes, args.depth)
     model = model.to(args.device, memory_format=torch.channels_last)
-    optimizer, lr = fp_optimizer(args, data, model)
-    run = Run(args, data, model, optimizer, "fp", args.fp_seed, args.fp_epochs, lr, FP_WARMUP,
-              header)
+    optimizer = fp_optimizer(args, model)
+    run = Run(args, data, "fp", args.fp_seed, args.fp_epochs, warmup=0.1, shared=True,
+              model=model, optimizer=optimizer)  # the rate rises for a tenth of the steps [choice]
     for _ in run.epochs():
         for images, labels in run.batches():
             loss = F.cross_entropy(model(images), labels)
@@ -833,574 +972,120 @@ def full_precision(args: argparse.Namespace, data: Data) -> tuple[nn.Module, dic
             loss.backward()
             optimizer.step()
             run.log(loss=loss)
-    return model.eval(), run.finish(32, 32)
-
-
-# ------------- 4. Quantizers. 4a: LSQ (Esser et al. 2020) with a fixed zero point (FPQ, Eq. 3-5)
-
-TINY = 1e-12  # no step is smaller: keeps x / s finite should a step be exactly 0
-
-
-class FakeQuantize(torch.autograd.Function):
-    """`fake_quantize` with both gradients in few passes over memory."""
-
-    @staticmethod
-    def forward(ctx, x, step, zero_point, qmin, qmax, grad_scale):
-        x_int = (x / step).round_()
-        if zero_point is None:
-            x_hat = x_int.clamp_(qmin, qmax).mul_(step)
-        else:
-            x_hat = x_int.add_(zero_point).clamp_(qmin, qmax).sub_(zero_point).mul_(step)  # Eq. 3
-        ctx.save_for_backward(x, x_hat, step, zero_point)
-        ctx.bounds, ctx.grad_scale = (float(qmin), float(qmax)), grad_scale
-        return x_hat
-
-    @staticmethod
-    def backward(ctx, grad):
-        x, x_hat, step, zero_point = ctx.saved_tensors
-        # dL/dx: the derivative of a hard tanh, one pass where a mask of booleans takes five. Its
-        # result takes the place of v, unless a second derivative is wanted, which still needs v (or
-        # on MPS, where older systems lose what is written to a channels_last tensor).
-        v = x / step
-        if zero_point is not None:
-            v.add_(zero_point)
-        keep = torch.is_grad_enabled() or x.device.type == "mps"
-        place = {} if keep else {"grad_input": v}
-        grad_x = torch.ops.aten.hardtanh_backward(grad, v, *ctx.bounds, **place)
-        # dL/ds = (<grad, x_hat> - <grad_x, x>) / s, as x_hat = round(v) s inside and Qn s or Qp s
-        # outside: two inner products in place of a tensor of derivatives.
-        if step.numel() == 1:
-            flat = [in_memory_order(t, x) for t in (grad, x_hat, grad_x, x)]
-            grad_step = (torch.dot(*flat[:2]) - torch.dot(*flat[2:])).reshape(step.shape)
-        else:
-            grad_step = (grad * x_hat - grad_x * x).sum_to_size(step.shape)
-        return grad_x, grad_step * (ctx.grad_scale / step), None, None, None, None
-
-
-def in_memory_order(t: Tensor, like: Tensor) -> Tensor:
-    """t as a vector, in the order in which `like` lies in memory: a view if both lie alike."""
-    channels_last = like.dim() == 4 and like.is_contiguous(memory_format=torch.channels_last)
-    return (t.permute(0, 2, 3, 1) if channels_last else t).reshape(-1)
-
-
-def fake_quantize(x: Tensor, step: Tensor, zero_point: Tensor | float, qmin: int, qmax: int,
-                  grad_scale: float = 1.0) -> Tensor:
-    """Quantize and de-quantize (FPQ Eq. 3) with the gradients of LSQ (its Eq. 3 and 5).
-
-        x_hat     = (clip(round(x/s) + z, q_min, q_max) - z) * s
-        dx_hat/dx = 1 if q_min < x/s + z < q_max else 0
-        dx_hat/ds = round(v) - v inside, Qn below, Qp above; v = x/s, Qn = q_min - z, Qp = q_max - z
-
-    step (> 0) and zero_point (integers, fixed) broadcast against x; grad_scale multiplies dL/ds.
-    The mask is on the value before rounding. Twice differentiable, unless compiled. A zero_point
-    that is a number costs three passes over x less: it goes into the bounds, as
-    clip(n + z, a, b) - z = clip(n, a - z, b - z).
-    """
-    if x.dtype in (torch.float16, torch.bfloat16):  # whose sums would be too coarse
-        return fake_quantize(x.float(), step, zero_point, qmin, qmax, grad_scale).to(x.dtype)
-    if not isinstance(zero_point, Tensor):
-        qmin, qmax, zero_point = qmin - zero_point, qmax - zero_point, None
-    if COMPILED and step.numel() == 1 and x.requires_grad and torch.is_grad_enabled():
-        step = scale_gradient(step, grad_scale)
-        shift = 0 if zero_point is None else zero_point
-        low, high = (torch.full((), float(q), device=x.device) - shift for q in (qmin, qmax))
-        return COMPILED[0](x, step, low, high)  # tensors: new numbers would mean to compile anew
-    return FakeQuantize.apply(x, step, zero_point, qmin, qmax, grad_scale)
-
-
-def scale_gradient(t: Tensor, scale: float) -> Tensor:
-    """t, whose gradient is multiplied by `scale`."""
-    scaled = t * scale
-    return t.detach() + (scaled - scaled.detach())  # the difference is 0, exactly
-
-
-COMPILED = []  # the compiled `straight_through` while `use_compiled(True)` holds
-
-
-def straight_through(x: Tensor, step: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    """`fake_quantize` out of elementary operations, for a compiler to fuse: one pass each way."""
-    v = torch.clamp(x / step, low, high)
-    return (v + (v.round() - v).detach()) * step
-
-
-def use_compiled(on: bool, device: torch.device | str = "cpu") -> bool:
-    """Compile `fake_quantize` and nothing else, so hooks and methods stay eager; True if it worked.
-    Results agree with eager ones to rounding, but for values exactly on a bound of the grid, whose
-    gradient passes. Without a compiler: one line, and eager it stays."""
-    if on and not hasattr(use_compiled, "function"):
-        use_compiled.function = torch.compile(straight_through, dynamic=True)
-        x = torch.ones(2, 3, 4, 4, device=device, requires_grad=True)
-        try:
-            bounds = torch.tensor([1.0, 0.0, 3.0], device=device)
-            use_compiled.function(x, *bounds).sum().backward()
-        except Exception as error:  # whatever the compiler's trouble, eager works
-            print(f"--compile: running eager, as nothing can be compiled here "
-                  f"({type(error).__name__})", file=sys.stderr)
-            use_compiled.function = None
-    function = getattr(use_compiled, "function", None)
-    COMPILED[:] = [function] if on and function else []
-    return bool(COMPILED)
-
-
-class Quantizer(nn.Module):
-    """A learned step and a fixed zero point, for a tensor or for each of its `channels` (dim 0).
-
-    bits: 1 to 8. The grid is [0, 2^bits - 1] with a zero point from the data, or signed around 0 if
-    `symmetric`. step is NaN until calibrated; only its magnitude counts, so it may cross zero.
-    One bit per channel, of a weight, means -s/2 or s/2 [choice]: of two levels that include 0, one
-    sign would be lost. It is the grid of Eq. 3 with z = 1, half a step up. One bit per tensor
-    means 0 or s.
-    """
-
-    def __init__(self, bits: int, symmetric: bool = False, channels: int | None = None):
-        super().__init__()
-        if not 1 <= bits <= 8:
-            raise ValueError(f"bits should be from 1 to 8, not {bits}")
-        self.bits, self.symmetric, self.channels = bits, symmetric, channels
-        self.centred = bits == 1 and channels is not None
-        self.qmin = -(2 ** (bits - 1)) if symmetric else 0
-        self.qmax = self.qmin + 2**bits - 1
-        shape = () if channels is None else (channels,)
-        self.step = nn.Parameter(torch.full(shape, math.nan))
-        self.register_buffer("zero_point", torch.zeros(shape))
-        self.zero = None  # zero_point as `fake_quantize` takes it, once seen to be calibrated
-        self.register_load_state_dict_post_hook(Quantizer.forget)
-
-    def forget(self, *_) -> None:
-        self.zero = None
-
-    def grid(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """(|step|, zero point), shaped to broadcast against x."""
-        shape = [-1] + [1] * (x.dim() - 1) if self.channels else []
-        return self.step.abs().clamp_min(TINY).reshape(shape), self.zero_point.reshape(shape)
-
-    def forward(self, x: Tensor) -> Tensor:
-        step, zero_point = self.grid(x)
-        if self.zero is None:
-            if self.step.isnan().any():
-                raise RuntimeError("quantizer without a step: call common.calibrate first")
-            self.zero = zero_point.tolist()
-        zero = zero_point if self.channels else self.zero
-        # LSQ's gradient scale 1 / sqrt(N q_max), N the elements that share a step.
-        scale = (x.numel() / self.step.numel() * max(self.qmax, 1)) ** -0.5
-        if self.centred:
-            step = scale_gradient(step, scale)
-            return fake_quantize(x - step / 2, step, zero, self.qmin, self.qmax) + step / 2
-        return fake_quantize(x, step, zero, self.qmin, self.qmax, scale)
-
-    @torch.no_grad()
-    def initialize(self, x: Tensor, candidates: int = 100) -> None:
-        """Step and zero point from data by Eq. 4-5, on the range a [x_min, x_max] that quantizes x
-        with the least squared error [choice; the paper's is a = 1, `candidates` = 1].
-
-            s = a (x_max - x_min) / (2^q - 1)       Eq. 4
-            z = round(q_max - a x_max / s)          Eq. 5
-
-        The range is widened to hold 0 [choice], which padding and zeros after a ReLU need exactly.
-        """
-        rows = x.reshape(self.channels or 1, -1)
-        low, high = rows.amin(1).clamp_max(0), rows.amax(1).clamp_min(0)
-        if self.symmetric or self.centred:
-            high = torch.maximum(-low, high)
-            low = -high
-        step = (high - low) / (self.qmax - self.qmin)  # Eq. 4
-        # A channel of zeros has no range: it takes the largest step of the others, or 1.
-        step = torch.where(step > TINY, step, step.max() if step.max() > TINY else step + 1)
-        zero = (self.qmax - high / step).round() * (not self.symmetric)  # Eq. 5
-        zero = torch.ones_like(zero) if self.centred else zero
-        rows = rows[:, ::rows.shape[1] // 65536 | 1]  # a sample is enough; odd, to meet all columns
-        shrink = torch.arange(candidates, 0, -1, device=x.device) / candidates  # ties: the widest
-        error = []
-        for a in shrink:
-            s = (a * step)[:, None]
-            half = s / 2 if self.centred else 0
-            x_hat = fake_quantize(rows - half, s, zero[:, None], self.qmin, self.qmax) + half
-            error.append((x_hat - rows).square().sum(1))
-        error = torch.stack(error)
-        self.step.copy_((step * shrink[error.argmin(0)]).reshape(self.step.shape))
-        self.zero_point.copy_(zero.reshape(self.step.shape))
-        self.forget()
-
-    def integers(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(n, scale, zero) with x_hat = (n - zero) * scale bit for bit, n whole numbers."""
-        scale, zero = self.grid(x)
-        half = 0.5 * self.centred  # a centred grid lies half a step higher
-        n = (x / scale - half).round().add(zero).clamp(self.qmin, self.qmax)
-        return n, scale, zero - half
-
-
-# ----------------------------------- 4b. LSQ+ and PACT (--quantizer); a first reading can skip them
-
-
-def require_calibrated(quantizer: nn.Module, value: Tensor) -> None:
-    if not hasattr(quantizer, "seen"):  # looked at once: it means to wait for the device
-        if value.isnan().any():
-            raise RuntimeError("quantizer without a step: call common.calibrate first")
-        quantizer.seen = True
-
-
-class OffsetQuantizer(nn.Module):
-    """LSQ+ (Bhalgat et al. 2020): LSQ whose activations (no `channels`) have a learned offset beta,
-    and whose weights have a signed grid, n = -2^(q-1) to 2^(q-1) - 1.
-
-        x_hat = clip(round((x - beta) / s), 0, 2^q - 1) s + beta     w_hat = clip(round(w / s)) s
-        dx_hat/dbeta = 0 within the grid, 1 outside                  dx_hat/ds: LSQ's
-
-    Initial values are the paper's: s = max|mean -+ 3 deviations| / 2^(q-1) of each channel of a
-    weight; of an activation, s and beta of the least squared error. Beta's gradient has the step's
-    scale [choice].
-    """
-
-    def __init__(self, bits: int, channels: int | None = None):
-        super().__init__()
-        self.bits, self.channels = bits, channels
-        self.qmin = -(2 ** (bits - 1)) if channels else 0
-        self.qmax = self.qmin + 2**bits - 1
-        self.step = nn.Parameter(torch.full((channels,) if channels else (), math.nan))
-        self.offset = None if channels else nn.Parameter(torch.tensor(math.nan))
-
-    def grid(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        step = self.step.abs().clamp_min(TINY)
-        if self.channels:
-            return step.reshape([-1] + [1] * (x.dim() - 1)), step.new_zeros(())
-        return step, -self.offset / step
-
-    def forward(self, x: Tensor) -> Tensor:
-        require_calibrated(self, self.step)
-        step, scale = self.grid(x)[0], (x.numel() / self.step.numel() * max(self.qmax, 1)) ** -0.5
-        if self.channels:
-            return fake_quantize(x, step, 0, self.qmin, self.qmax, scale)
-        beta = scale_gradient(self.offset, scale)
-        return fake_quantize(x - beta, step, 0, self.qmin, self.qmax, scale) + beta
-
-    @torch.no_grad()
-    def initialize(self, x: Tensor, candidates: int = 100) -> None:
-        """From data. The least squared error is sought from LSQ's start on, fitting s and beta by
-        least squares and rounding anew in turn [choice]."""
-        if self.channels:
-            rows = x.flatten(1)
-            mean, reach = rows.mean(1), 3 * rows.std(1, correction=0)
-            step = torch.maximum((mean - reach).abs(), (mean + reach).abs()) / 2 ** (self.bits - 1)
-            step = torch.where(step > TINY, step, step.max() if step.max() > TINY else step + 1)
-            self.step.copy_(step)
-            return
-        start = Quantizer(self.bits).to(x.device)
-        start.initialize(x, candidates)
-        step, beta = start.step.detach().clone(), -start.zero_point * start.step
-        sample = x.flatten()[::x.numel() // 65536 | 1]
-        for _ in range(20):
-            n = ((sample - beta) / step).round().clamp(0, self.qmax)
-            spread = n.var(correction=0)
-            fitted = ((n * sample).mean() - n.mean() * sample.mean()) / spread
-            step = torch.where((spread > 0) & (fitted > TINY), fitted, step)
-            beta = sample.mean() - step * n.mean()
-        self.step.copy_(step)
-        self.offset.copy_(beta)
-
-    def integers(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        step, zero = self.grid(x)
-        return (x / step + zero).round().clamp(self.qmin, self.qmax), step, zero
-
-
-class ClipQuantizer(nn.Module):
-    """PACT (Choi et al. 2018), of activations: the clip alpha is learned, by values beyond it only.
-
-        x_hat = round(clip(x, 0, alpha) / s) s,   s = alpha / (2^q - 1)
-        dx_hat/dalpha = 1 if x >= alpha else 0
-
-    Weight decay, which the paper gives alpha as it does weights, is all that makes it smaller.
-    Where the data have negative values (images, tokens), which the paper does not know, a zero
-    point as LSQ's moves the grid: clip(x, -z s, alpha), s = alpha / (2^q - 1 - z) [choice]. alpha
-    starts as LSQ's range does [choice; theirs starts high, from scratch].
-    """
-
-    def __init__(self, bits: int):
-        super().__init__()
-        self.bits, self.channels, self.qmin, self.qmax = bits, None, 0, 2**bits - 1
-        self.alpha = nn.Parameter(torch.tensor(math.nan))
-        self.register_buffer("zero_point", torch.tensor(0.0))
-
-    @property
-    def step(self) -> Tensor:
-        return self.alpha.abs().clamp_min(TINY) / (self.qmax - self.zero_point)
-
-    def grid(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return self.step, self.zero_point
-
-    def forward(self, x: Tensor) -> Tensor:
-        require_calibrated(self, self.alpha)
-        high, step = self.alpha.abs().clamp_min(TINY), self.step.detach()
-        low = -self.zero_point * high / (self.qmax - self.zero_point)
-        clipped = torch.where(x >= high, high, torch.where(x <= low, low, x))
-        return clipped + ((clipped / step).round() * step - clipped).detach()
-
-    @torch.no_grad()
-    def initialize(self, x: Tensor, candidates: int = 100) -> None:
-        start = Quantizer(self.bits).to(x.device)
-        start.initialize(x, candidates)
-        zero = start.zero_point.clamp_max(self.qmax - 1)  # all negative: still a clip above 0
-        self.zero_point.copy_(zero)
-        self.alpha.copy_(start.step * (self.qmax - zero))
-
-
-class TanhQuantizer(nn.Module):
-    """PACT's weights are those of DoReFa (Zhou et al. 2016); nothing is learned but w:
-
-        w_hat = m (2 n / (2^q - 1) - 1),   n = round((2^q - 1) (tanh w / (2 max|tanh w|) + 1/2))
-
-    per output channel [choice]. m is max|w|, constant in the gradient [choice]: theirs is 1, which
-    suits training from scratch, but takes a pretrained layer without batch norm out of its scale.
-    One bit: m = mean|w|, theirs.
-    """
-
-    def __init__(self, bits: int, channels: int):
-        super().__init__()
-        self.bits, self.channels, self.qmin, self.qmax = bits, channels, 0, 2**bits - 1
-
-    def grid(self, w: Tensor) -> tuple[Tensor, Tensor]:
-        size = w.detach().flatten(1).abs()
-        m = size.mean(1) if self.bits == 1 else size.amax(1)
-        m = m.clamp_min(TINY).reshape([-1] + [1] * (w.dim() - 1))
-        return 2 / self.qmax * m, torch.full_like(m, self.qmax / 2)
-
-    def integers(self, w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        most = w.detach().flatten(1).abs().amax(1).clamp_min(TINY)
-        unit = w.tanh() / most.tanh().reshape([-1] + [1] * (w.dim() - 1))  # max|tanh| = tanh max
-        level = self.qmax * (unit / 2 + 0.5)
-        return level + (level.round() - level).detach(), *self.grid(w)
-
-    def forward(self, w: Tensor) -> Tensor:
-        n, scale, zero = self.integers(w)
-        return (n - zero) * scale
-
-    def initialize(self, w: Tensor, candidates: int = 100) -> None:
-        """Nothing to take from data."""
-
-
-# ------------------------------------------------------------------------ 4c. Layers and networks
-
-
-def make_quantizer(method: str, bits: int, channels: int | None = None) -> nn.Module:
-    """Of a weight of `channels` output channels, or of an activation; method: one of QUANTIZERS."""
-    if method not in QUANTIZERS:
-        raise ValueError(f"method should be one of {', '.join(QUANTIZERS)}, not {method!r}")
-    if method == "pact":
-        return TanhQuantizer(bits, channels) if channels else ClipQuantizer(bits)
-    if method == "lsq+" and not (channels and bits == 1):  # signed, one bit would be -s and 0
-        return OffsetQuantizer(bits, channels)
-    return Quantizer(bits, channels=channels)
-
-
-class QuantConv2d(nn.Module):
-    """Convolution with quantized input and weight; takes over the parameters of `conv`."""
-
-    def __init__(self, conv: nn.Conv2d, wbits: int, abits: int, method: str = "lsq"):
-        super().__init__()
-        if conv.padding_mode != "zeros":
-            raise ValueError(f"padding_mode should be 'zeros', not {conv.padding_mode!r}")
-        self.weight, self.bias = conv.weight, conv.bias
-        self.geometry = conv.stride, conv.padding, conv.dilation, conv.groups
-        self.input_quantizer = make_quantizer(method, abits)
-        self.weight_quantizer = make_quantizer(method, wbits, conv.out_channels)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.conv2d(self.input_quantizer(x), self.weight_quantizer(self.weight), self.bias,
-                        *self.geometry)
-
-
-class QuantLinear(nn.Module):
-    """Linear layer with quantized input and weight; takes over the parameters of `linear`."""
-
-    def __init__(self, linear: nn.Linear, wbits: int, abits: int, method: str = "lsq"):
-        super().__init__()
-        self.weight, self.bias = linear.weight, linear.bias
-        self.input_quantizer = make_quantizer(method, abits)
-        self.weight_quantizer = make_quantizer(method, wbits, linear.out_features)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(self.input_quantizer(x), self.weight_quantizer(self.weight), self.bias)
-
-
-class QuantProduct(nn.Module):
-    """`Product` of two quantized features."""
-
-    def __init__(self, abits: int, method: str = "lsq"):
-        super().__init__()
-        self.a_quantizer, self.b_quantizer = (make_quantizer(method, abits) for _ in "ab")
-
-    def forward(self, a: Tensor, b: Tensor) -> Tensor:
-        return self.a_quantizer(a) @ self.b_quantizer(b)
-
-
-def product_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """The layers that multiply by a weight, quantized or not, by name in order of definition."""
-    kinds = (nn.Conv2d, nn.Linear, QuantConv2d, QuantLinear)
-    return {name: m for name, m in model.named_modules() if isinstance(m, kinds)}
-
-
-@torch.no_grad()
-def layers_on_the_way(model: nn.Module, example: Tensor | None = None) -> list[str]:
-    """Names of the Conv2d and Linear layers in the order in which `example`, by default a black
-    1 x 3 x 32 x 32 image, comes to them. Layers that it does not come to are not among them."""
-    probe, order = copy.deepcopy(model).eval(), []
-    for name, layer in product_layers(probe).items():
-        layer.register_forward_pre_hook(lambda layer, inputs, name=name: order.append(name))
-    if example is None:
-        like = next(probe.parameters())
-        example = torch.zeros(1, 3, 32, 32, device=like.device, dtype=like.dtype)
-    try:
-        probe(example)
-    except RuntimeError as error:
-        raise ValueError(f"the model cannot take {tuple(example.shape)} ({error}); give `example`, "
-                         "an input that shows the way through its layers") from None
-    return list(dict.fromkeys(order))
-
-
-def quantize(model: nn.Module, wbits: int, abits: int, method: str = "lsq",
-             example: Tensor | None = None) -> nn.Module:
-    """A copy of `model` in which every Conv2d and Linear quantizes input and weight, the first and
-    the last on the way of `example` at 8 bits, and every Product its two operands. method: one of
-    QUANTIZERS. Steps exist, for an optimizer to hold, but are NaN until `calibrate`. Warns of
-    layers with weights that stay in full precision: of other kinds (or with a weight computed from
-    others, as by weight_norm), or not come to."""
-    model, order = copy.deepcopy(model), layers_on_the_way(model, example)
-    modules = {name: m for name, m in model.named_modules()}
-    new = {}
-    for name, module in modules.items():
-        if isinstance(module, Product):
-            new[module] = QuantProduct(abits, method).to(next(model.parameters()).device)
-        elif name in order and type(module).forward in (
-                nn.Conv2d.forward, nn.Linear.forward) and isinstance(module.weight, nn.Parameter):
-            ends = name in (order[0], order[-1])
-            kind = QuantConv2d if isinstance(module, nn.Conv2d) else QuantLinear
-            new[module] = kind(module, *(8, 8) if ends else (wbits, abits), method).to(
-                module.weight.device)
-    left = [f"{name} ({type(m).__name__})" for name, m in modules.items() if m not in new and (
-        name in product_layers(model) or any(
-            "weight" in n and p.dim() > 1 for n, p in m.named_parameters(recurse=False)))]
-    if left:
-        warnings.warn(f"left in full precision: {', '.join(left)}", stacklevel=2)
-    if model in new:  # a single layer
-        return new[model]
-    for name, module in list(model.named_modules(remove_duplicate=False)):  # one may have two names
-        if module in new:
-            model.set_submodule(name, new[module])
-    return model
-
-
-@torch.no_grad()
-def calibrate(qmodel: nn.Module, images: Tensor, candidates: int = 100,
-              batch_stats: bool = True) -> None:
-    """Set steps and zero points from one pass of `images` (the paper takes 100), layer by layer,
-    each layer seeing its input as the quantized layers before it make it. `candidates`: 1 takes
-    the range of the data, more search for the one of least error (see `Quantizer.initialize`).
-
-    Batch norm normalises by these images, as in the training to come [choice]. By its running
-    statistics, those of full precision, deep networks of few bits start with quantizers far from
-    what they meet in training; `batch_stats=False` takes them, for a network not to be trained any
-    more. Neither changes them.
-    """
-    def before(quantizer, inputs):
-        quantizer.initialize(inputs[0], candidates)
-
-    training = qmodel.training
-    norms = [m for m in qmodel.eval().modules() if batch_stats
-             and isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
-    for m in norms:
-        m.training, m.track_running_stats = True, False
-    hooks = [m.register_forward_pre_hook(before) for m in qmodel.modules()
-             if isinstance(m, (Quantizer, OffsetQuantizer, ClipQuantizer, TanhQuantizer))]
-    try:
-        qmodel(images)
-    finally:
-        for hook in hooks:
-            hook.remove()
-        for m in norms:
-            m.track_running_stats = True
-        qmodel.train(training)
-
-
-@torch.no_grad()
-def export_int(qmodel: nn.Module) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
-    """{layer: (weight as int8, scale, zero point)}; (weight - zero point) * scale is bit-equal to
-    what the network multiplies by. Scale and zero point broadcast against the weight."""
-    integers = {}
-    for name, layer in product_layers(qmodel).items():
-        if isinstance(layer, (QuantConv2d, QuantLinear)):
-            n, scale, zero = layer.weight_quantizer.integers(layer.weight)
-            shift = 0 if layer.weight_quantizer.qmin < 0 else 2 ** (layer.weight_quantizer.bits - 1)
-            integers[name] = (n - shift).to(torch.int8), scale, zero - shift  # -128 to 127
-    return integers
-
-
-# -------------------------------------------------------------------- 5. Evaluation and flatness
+    result = run.finish(wbits=32, abits=32, quantizer=None)
+    return model.eval(), result
+
+
+def per_seed(args: Namespace) -> Iterator[tuple[Namespace, int, Data]]:
+    """(args, seed, data) for every --seed. Where --fp-seed is "same", it is that seed."""
+    same, data = args.fp_seed == "same", None
+    for seed in args.seed:
+        if same:
+            args = Namespace(**vars(args) | {"fp_seed": seed})
+        if same or data is None:
+            data = load_data(args)
+        yield args, seed, data
+
+
+def print_row(*cells) -> None:
+    print(" ".join(f"{cell:<19}" for cell in cells).rstrip())
+
+
+def mean_and_error(values: list[float], signed: str = "") -> str:
+    """mean ± standard error of the mean, if there are two values or more."""
+    error = f" ± {np.std(values, ddof=1) / len(values) ** 0.5:.2f}" if len(values) > 1 else ""
+    return f"{np.mean(values):{signed}.2f}{error}" if values else ""
+
+
+def result_table(results: list[dict]) -> str:
+    """One row per method and bits: accuracy after the last epoch, and its difference to the
+    baseline of the same seed; mean ± standard error over seeds."""
+    first, groups = results[0], {}
+    for r in results:
+        groups.setdefault((r["method"], r["wbits"], r["abits"]), {})[r["seed"]] = r
+    lines = [f"\n{first['dataset']}, {first['train_size']} training images, {first['model']}, "
+             f"quantizer {results[-1]['quantizer']}, augment {first['augment']}; {first['split']} "
+             "accuracy after the last epoch",
+             f"{'method':<14}{'W/A':<7}{'acc %':<15}{'vs baseline':<15}{'s/epoch':<9}seeds"]
+    for (method, *bits), group in groups.items():
+        rows, reference = list(group.values()), groups.get(("baseline", *bits), {})
+        gains = [r["acc"] - reference[s]["acc"] for s, r in group.items() if s in reference]
+        acc = mean_and_error([r["acc"] for r in rows])
+        gain = mean_and_error(gains, "+") if method != "baseline" else ""
+        seconds = np.mean([r["seconds_per_epoch"] for r in rows])
+        lines.append(f"{method:<14}{f'{bits[0]}/{bits[1]}':<7}{acc:<15}{gain:<15}{seconds:<9.1f}"
+                     f"{len(rows)}")
+    if len({r["seed"] for r in results}) > len({r["fp_seed"] for r in results}):
+        lines.append("± is over seeds of one full-precision network: its own spread is not in it")
+    return "\n".join(lines)
+
+
+# ---------------------------------------------------------------------------------- 5. Evaluation
 
 
 @torch.inference_mode()
 def evaluate(model: nn.Module, data: Data, batch_size: int = 500) -> tuple[float, float]:
     """(accuracy in %, mean cross-entropy) on the test images; leaves training mode as it was."""
-    training, n = model.training, len(data.test_labels)
+    training, labels = model.training, data.test_labels
     model.eval()
-    sums = torch.zeros(2, device=data.test_labels.device)
-    for images, labels in zip(*(t.split(batch_size) for t in (data.test_images, data.test_labels))):
-        logits = model(data.normalize(images))
-        sums += torch.stack([(logits.argmax(1) == labels).sum(),
-                             F.cross_entropy(logits, labels, reduction="sum")])
+    logits = torch.cat([model(data.normalize(x)) for x in data.test_images.split(batch_size)])
     model.train(training)
-    correct, loss = sums.tolist()
-    return 100 * correct / n, loss / n
+    right = logits.argmax(1) == labels
+    return 100 * right.sum().item() / len(labels), F.cross_entropy(logits, labels).item()
 
 
-def hessian_vector(loss_fn: Callable[[], Tensor], params: list[Tensor]) -> Callable:
-    """v -> H v, H the Hessian of loss_fn() in `params`; on a quantized network that of its
-    straight-through gradients. Leaves .grad alone; the graph goes with the returned function."""
-    was, COMPILED[:] = COMPILED[:], []  # compiled code has no second derivative
-    try:
-        grads = torch.autograd.grad(loss_fn(), params, create_graph=True, materialize_grads=True)
-    finally:
-        COMPILED[:] = was
-    return lambda v: torch.autograd.grad(grads, params, v, retain_graph=True,
-                                         materialize_grads=True)
+def gradient_ratio(term: Tensor, cross_entropy: Tensor, model: nn.Module) -> float:
+    """The force of a loss term: |d term / d w| / |d cross_entropy / d w|, w all layer weights."""
+    weights = [layer.weight for layer in weight_layers(model).values()]
+    grads = [torch.autograd.grad(loss, weights, retain_graph=True, materialize_grads=True)
+             for loss in (term, cross_entropy)]
+    of_term, of_cross_entropy = map(nn.utils.get_total_norm, grads)
+    return (of_term / of_cross_entropy).item()
 
 
-def dot(a: list[Tensor], b: list[Tensor]) -> Tensor:
-    return torch.stack([(x * y).sum() for x, y in zip(a, b)]).sum()
+def hessian_vector(loss_fn: Callable[[], Tensor], params: list[Tensor]) -> tuple[Callable, Tensor]:
+    """(v -> H v, zeros like v) for vectors v of all entries of `params`; H is the Hessian of
+    loss_fn() in them, on a quantized network that of its straight-through gradients."""
+    def flat_grad(out, v=None):
+        grads = torch.autograd.grad(out, params, v, create_graph=v is None, retain_graph=True,
+                                    materialize_grads=True)
+        return torch.cat([g.flatten() for g in grads])
+
+    gradient = flat_grad(loss_fn())
+    return lambda v: flat_grad(gradient, v), torch.zeros_like(gradient)
 
 
 def hessian_trace(loss_fn: Callable[[], Tensor], params: list[Tensor], probes: int,
                   generator: torch.Generator | None = None) -> tuple[float, float]:
-    """Tr(H), which Eq. 7 says noise penalises, by Hutchinson: (mean, its standard error) of v.Hv
-    over `probes` >= 2 random sign vectors v."""
-    product, samples = hessian_vector(loss_fn, params), []
-    for _ in range(probes):
-        v = [torch.randint(0, 2, p.shape, generator=generator, device=p.device).to(p.dtype) * 2 - 1
-             for p in params]
-        samples.append(dot(v, product(v)))
-    samples = torch.stack(samples)
+    """Tr(H), which noise penalises by Eq. 7, after Hutchinson: (mean, standard error) of v.Hv over
+    `probes` >= 2 random sign vectors v."""
+    product, zeros = hessian_vector(loss_fn, params)
+    signs = [2 * zeros.bernoulli(0.5, generator=generator) - 1 for _ in range(probes)]
+    samples = torch.stack([v @ product(v) for v in signs])
     return samples.mean().item(), samples.std().item() / math.sqrt(probes)
-
-
-def weight_hessian_trace(model: nn.Module, data: Data) -> tuple[float, float]:
-    """Trace of the Hessian of the loss on 256 training images in the layers' weights, batch
-    norm in eval mode: (estimate, standard error) from 8 probes."""
-    images, labels = data.sample(256)
-    weights = [layer.weight for layer in product_layers(model).values()]
-    training = model.training
-    model.eval()
-    probes = torch.Generator(device=images.device).manual_seed(0)
-    trace = hessian_trace(lambda: F.cross_entropy(model(images), labels), weights, 8, probes)
-    model.train(training)
-    return trace
 
 
 def hessian_top_eigenvalue(loss_fn: Callable[[], Tensor], params: list[Tensor], iters: int,
                            generator: torch.Generator | None = None) -> float:
     """The Hessian eigenvalue of largest magnitude, by `iters` steps of power iteration."""
-    product = hessian_vector(loss_fn, params)
-    v = [torch.randn(p.shape, generator=generator, device=p.device, dtype=p.dtype) for p in params]
+    product, zeros = hessian_vector(loss_fn, params)
+    hv = zeros.normal_(generator=generator)
     for _ in range(iters):
-        norm = dot(v, v).sqrt().clamp_min(TINY)
-        v = [x / norm for x in v]
+        v = hv / hv.norm().clamp_min(TINY)
         hv = product(v)
-        eigenvalue, v = dot(v, hv), hv  # the Rayleigh quotient, as |v| = 1
-    return eigenvalue.item()
+    return (v @ hv).item()  # the Rayleigh quotient, as |v| = 1
+
+
+def sharpness(model: nn.Module, data: Data, probes: int = 8, iters: int = 0) -> tuple[float, ...]:
+    """(trace, its standard error[, top eigenvalue if iters]) of the Hessian of the loss in the
+    layers' weights, on 256 training images, batch norm in eval mode [choice]."""
+    images, labels = data.sample(256)
+    weights = [layer.weight for layer in weight_layers(model).values()]
+    draws, training = torch.Generator(device=images.device).manual_seed(0), model.training
+    model.eval()
+    loss = lambda: F.cross_entropy(model(images), labels)  # noqa: E731
+    found = hessian_trace(loss, weights, probes, draws)
+    if iters:
+        found += (hessian_top_eigenvalue(loss, weights, iters, draws),)
+    model.train(training)
+    return found

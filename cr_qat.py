@@ -1,75 +1,73 @@
-"""CR: Consistency Regularization. Pang, Cai, Zhang, Wu, Ye, "In-Distribution Consistency
-Regularization Improves the Generalization of Quantization-Aware Training", arXiv 2402.13497.
+"""CR: Consistency Regularization. Pang, Cai, Zhang, Wu, "In-Distribution Consistency Regularization
+Improves the Generalization of Quantization-Aware Training", arXiv 2402.13497 (v2).
 
-The idea. Quantized networks are sensitive to small changes of image and weights. So CR asks for the
-same answer to two augmented views of one image:
-  1. the student, LSQ-quantized, sees one view and learns its label,
-  2. a teacher, the moving average of the student, quantized like it, sees the other view,
-  3. the student's prediction is drawn to the teacher's, with a weight that rises over some epochs.
-That needs no label, so images without one can take part (`--labels N` keeps N labels).
+The idea. Quantized networks are sensitive to small changes of the image and of the weights. CR asks
+for the same prediction on two augmented views of one image. The quantized student learns the label
+from one view. A teacher, which is the moving average of the student and quantized like it, predicts
+from the other view, and the student's prediction is drawn to the teacher's. That needs no label, so
+unlabelled images can take part (`--labels N` keeps N labels).
 
-Only the paper's abstract and summaries of it were at hand. The rest is rebuilt on its ancestor, the
-mean teacher (Tarvainen & Valpola 2017): formulas, schedule and constants below are choices.
+Only the abstract and summaries of the paper were at hand. The rest is rebuilt on its ancestor, the
+mean teacher (Tarvainen & Valpola 2017): formulas, schedule and constants are choices.
 
     symbol                 here                                                from
     a(x), a'(x)            two draws of run.batches(), then distort            summaries
-    L_con = KL(p_T || p_S) consistency_loss(student_logits, teacher_logits)    summaries, choice
+    L_con = KL(p_T || p_S) consistency_loss(student_logits, teacher_logits)    summaries, [choice]
     lambda(t)              ramp_up(t, T) times --lambda-max, T epochs long     ancestor
-    theta_T                ema_update, over weights, batch norm and steps      summaries, choice
-    L = CE + lambda L_con  train()                                             summaries, choice
+    theta_T                ema_update, over weights, batch norm, step sizes    summaries, [choice]
+    L = CE + lambda L_con  train()                                             summaries, [choice]
 
-    python cr_qat.py --bits 2 --dataset shapes           full precision -> LSQ -> CR, 2 minutes
+    python cr_qat.py --bits 2                            full precision, baseline (LSQ), CR
     python cr_qat.py --bits 2 --controls --diagnose      what else could explain a gain; sensitivity
-
-Measured, 20,000 CIFAR-10 images, resnet8, W2A2, 15 + 6 epochs, one seed: full precision 76.26 %,
-LSQ 73.10, CR 73.48, LSQ on two labelled views 73.73. Commands and more in the README.
 """
 
-import argparse
+import copy
 import math
+from argparse import Namespace
 from dataclasses import replace
 
 import common
 import torch
 import torch.nn.functional as F
-from common import Data, Run, calibrate, full_precision, product_layers, quantize, sgd
+from common import Data, Run, calibrate, full_precision, hooked, print_row, quantize, sgd
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 PAPER = {"model": "resnet18", "dataset": "cifar10", "batch_size": 256, "lr": 0.01, "epochs": 200,
          "weight_decay": 5e-4,  # so far the authors' protocol in their FPQ paper; what follows is
-         "lambda_max": 1.0, "ema": 0.999, "ramp_epochs": 5.0,  # a choice, after the mean teacher
+         "lambda_max": 1.0, "ema": 0.999, "ramp_epochs": 5.0,  # [choice], after the mean teacher
          "fp_epochs": 200}
 
-# Who gives the second view's answer: nobody, its label, the student's own weights (the Pi-model),
-# the full-precision network, or the student's moving average. LSQ is CR with lambda 0.
-METHODS = {"lsq": None, "two-view": "label", "pi": "student", "kd": "full precision",
+# Who predicts for the second view: nobody, its label, the student's own weights (the Pi-model),
+# the full-precision network, or the student's moving average.
+METHODS = {"baseline": None, "two-view": "label", "pi": "student", "fp-teacher": "full precision",
            "cr": "average"}
-AUGMENTS = ["none", "flip", "crop+flip", "crop+flip+noise", "crop+flip+colour"]
+VIEWS = ["none", "flip", "crop+flip", "crop+flip+noise", "crop+flip+colour"]
 
 
-def parse_args() -> argparse.Namespace:
+def parse_args() -> Namespace:
     parser = common.base_parser("CR: consistency regularization with an averaged teacher for "
                                 "quantization-aware training (arXiv 2402.13497)")
-    add, number = parser.add_argument, common.number
-    add("--lambda-max", type=number(float, 0, 1e6), default=0.3, help="weight of L_con at last")
-    add("--ramp-epochs", type=number(float, 0, 1e6), default=2.0, help="T: length of the ramp")
-    add("--ema", type=number(float, 0, 1), default=0.9, help="alpha: memory of the average")
-    add("--augment", choices=AUGMENTS, nargs="+", default=["crop+flip"], metavar="VIEW",
-        help=f"of the student's view and of the teacher's, if another: {', '.join(AUGMENTS)}")
-    add("--labels", type=number(int, 1, 10**9), help="labels kept, in equal shares of the classes")
-    add("--method", choices=METHODS, nargs="+", default=["lsq", "cr"], help="what to train")
-    add("--controls", action="store_true", help="all methods, and the averages of lsq and cr")
-    add("--ablate", action="store_true", help="lsq and cr under each augmentation of both views")
-    add("--diagnose", action="store_true", help="sensitivity to noise, oscillation, entropy, trace")
+    number = common.number
+    common.add_flags(
+        parser, "method",
+        ("--method", list(METHODS), ["baseline", "cr"], "what to train"),
+        ("--lambda-max", number(float, 0, 1e6), 0.3, "weight of L_con after the ramp"),
+        ("--ramp-epochs", number(float, 0, 1e6), 2.0, "T: length of the ramp"),
+        ("--ema", number(float, 0, 1), 0.9, "alpha: memory of the moving average"),
+        ("--views", VIEWS, [], "of all but the baseline: the student's augmentation and, if "
+                               "another, the teacher's; without it --augment"),
+        ("--labels", number(int, 1, 10**9), None, "labels to keep; without it all"),
+        ("--controls", bool, False, "all methods, and the averages of baseline and cr"),
+        ("--ablate", bool, False, "cr with each augmentation of both views"),
+        ("--diagnose", bool, False, "sensitivity to noise, oscillation, entropy, trace, force"))
     args = common.parse(parser, PAPER)
-    if len(args.augment) > 2:
-        parser.error("--augment takes one view for both, or the student's and the teacher's")
+    if len(args.views) > 2:
+        parser.error("--views takes one augmentation for both, or the student's and the teacher's")
     if args.labels and args.batch_size < 4:
-        parser.error("--labels wants --batch-size 4 or more: a quarter of each batch is labelled")
-    args.augment = [args.augment[0], args.augment[-1]]
+        parser.error("--labels needs --batch-size 4 or more: a quarter of each batch is labelled")
     args.method = list(dict.fromkeys((list(METHODS) if args.controls else []) + args.method))
-    return common.finish_args(args)
+    return args
 
 
 # ------------------------------------------------------------------------------------- the method
@@ -77,7 +75,7 @@ def parse_args() -> argparse.Namespace:
 
 def consistency_loss(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
     """L_con, mean over the batch of the Kullback-Leibler divergence of the student's prediction
-    from the teacher's; no gradient goes to the teacher. Temperature 1 and direction are choices.
+    from the teacher's; no gradient goes to the teacher. Temperature 1 and direction are [choice]s.
 
         KL(p_T || p_S) = sum_c p_T(c) (log p_T(c) - log p_S(c))        logits: N x classes
     """
@@ -90,30 +88,18 @@ def ramp_up(t: float, T: float) -> float:
     return math.exp(-5 * (1 - min(t / T, 1)) ** 2) if T > 0 else 1.0
 
 
-def ema_update(average: list[Tensor], current: list[Tensor], updates: int, alpha: float) -> None:
-    """theta_T <- a theta_T + (1 - a) theta_S, a = min(1 - 1 / (updates + 1), alpha), in place: a
-    plain mean at first, so that the start is soon forgotten. `updates` is the number so far."""
+@torch.no_grad()
+def ema_update(teacher: nn.Module, student: nn.Module, updates: int, alpha: float) -> None:
+    """theta_T <- a theta_T + (1 - a) theta_S, a = min(1 - 1 / (updates + 1), alpha), in place, over
+    weights, scales and shifts of batch norm, and step sizes; zero points are fixed. It is a plain
+    mean at first, which soon forgets the start. `updates` counts those before this one."""
     a = min(1 - 1 / (updates + 1), alpha)
-    get_ema_multi_avg_fn(a)(average, current, updates)
-
-
-def averaged(student: nn.Module, alpha: float) -> AveragedModel:
-    """The teacher: the average of the student's parameters, so of weights, scales and shifts of
-    batch norm, and steps; zero points are fixed. In training mode, so that batch norm takes the
-    statistics of the teacher's own activations, which those of the student would not fit [choice].
-    `.update_parameters(student)` after each step."""
-    average = AveragedModel(student)
-    # What torch would pass as the third argument is on the device, which reading it would wait for;
-    # n_averaged is on the CPU.
-    average.multi_avg_fn = lambda mean, new, _: ema_update(mean, new, int(average.n_averaged),
-                                                           alpha)
-    return average.train()
+    get_ema_multi_avg_fn(a)(list(teacher.parameters()), list(student.parameters()), None)
 
 
 def distort(view: Tensor, augment: str) -> Tensor:
     """The augmentations beyond crop and flip, on normalised N x 3 x 32 x 32 [choice]: Gaussian
-    noise of deviation 0.1; each image's channels times U[0.6, 1.4] plus U[-0.4, 0.4].
-    (torchvision's ColorJitter draws once for a whole batch.)"""
+    noise of deviation 0.1; each image's channels times U[0.6, 1.4] plus U[-0.4, 0.4]."""
     if "noise" in augment:
         view = view + 0.1 * torch.randn_like(view)
     if "colour" in augment:
@@ -122,74 +108,88 @@ def distort(view: Tensor, augment: str) -> Tensor:
     return view
 
 
-def hide_labels(data: Data, count: int, seed: int) -> Data:
-    """`data` with `count` labels left, the others -1, which cross_entropy is told to ignore."""
-    total = len(data.train_labels)
-    if not data.classes <= count < total:
-        raise common.UsageError(f"--labels {count} should be from {data.classes} (the classes) to "
-                                f"{total - 1} (below the training images)")
-    keep = common.balanced_subset(data.train_labels.cpu(), count, seed).to(data.train_labels.device)
-    labels = torch.full_like(data.train_labels, -1)
+class PartlyLabelled(Data):
+    """Data some of whose training labels are -100, which torch's cross-entropy ignores."""
+
+    def order(self, batch_size: int, draws: torch.Generator) -> Tensor:
+        """A quarter of each batch is labelled; either kind begins anew when it is used up."""
+        labelled = self.train_labels.cpu() >= 0
+        batch_size = min(batch_size, len(labelled))
+        few = max(1, batch_size // 4)
+        columns = []
+        for of, share in ((labelled, few), (~labelled, batch_size - few)):
+            of, count = of.nonzero().flatten(), self.steps(batch_size) * share
+            rounds = [of[torch.randperm(len(of), generator=draws)]
+                      for _ in range(math.ceil(count / len(of)))]
+            columns.append(torch.cat(rounds)[:count].reshape(-1, share))
+        return torch.cat(columns, 1).flatten()
+
+
+def hide_labels(data: Data, count: int, seed: int) -> tuple[Data, Data]:
+    """(the `count` labelled images only, all images with the other labels -100), class-balanced."""
+    numbers = torch.arange(len(data.train_labels))
+    keep = common.split(numbers, data.train_labels.cpu(), count, seed, "--labels")[0]
+    keep = keep.to(data.train_labels.device)
+    labels = torch.full_like(data.train_labels, -100)
     labels[keep] = data.train_labels[keep]
-    return replace(data, train_labels=labels)
+    changed = {"fingerprint": f"{data.fingerprint}-{count}", "train_labels": labels}
+    few = {"train_padded": data.train_padded[keep], "train_labels": labels[keep]}
+    return replace(data, **changed | few), PartlyLabelled(**vars(data) | changed)
 
 
 # ----------------------------------------------------------------------------------- the training
 
 
-def train(args: argparse.Namespace, data: Data, method: str, seed: int, network: nn.Module,
-          name: str | None = None) -> tuple[nn.Module, nn.Module, dict, list[dict]]:
-    """(student, its average, result, history) of a method, from the full-precision `network` on."""
+def train(args: Namespace, data: Data, method: str, seed: int, network: nn.Module,
+          name: str | None = None) -> tuple[nn.Module, list[dict], list[dict]]:
+    """(student, results, history) of a method, from the full-precision `network` on."""
     student, by = quantize(network, args.wbits, args.abits, args.quantizer), METHODS[method]
     calibrate(student, data.sample(100)[0])
-    optimizer = sgd(student, args.lr, args.weight_decay)
-    average = averaged(student, 0 if by == "student" else args.ema)  # 0: a copy of the student
+    average = copy.deepcopy(student)  # in training mode: it normalises by its own batches [choice]
     teacher = network if by == "full precision" else average
-    run = Run(args, data, student, optimizer, name or method, seed, args.epochs, args.lr,
-              extras={"average": average})
+    optimizer = sgd(student, args.lr, args.weight_decay)
+    run = Run(args, data, name or method, seed, args.epochs, model=student, optimizer=optimizer,
+              average=average)
+    views = args.views if by and args.views else [args.augment]
     consistent = args.lambda_max > 0 and by not in (None, "label")
-    kinds = tuple(args.augment[:2 if consistent or by == "label" else 1])
-    steps = data.steps(args.batch_size)
+    views = [views[0], views[-1]][:2 if consistent or by == "label" else 1]
+    alpha = 0 if by == "student" else args.ema  # 0: a copy of the student
 
     for epoch in run.epochs():
-        for i, (*views, labels) in enumerate(run.batches(kinds)):
-            views = [distort(view, kind) for view, kind in zip(views, kinds)]
+        average.train()
+        for i, (*images, labels) in enumerate(run.batches(tuple(views))):
+            images = [distort(image, view) for image, view in zip(images, views)]
             if args.labels and not consistent:  # without the term unlabelled images teach nothing
-                labelled = max(1, len(labels) // 4)  # they come first
-                views, labels = [v[:labelled] for v in views], labels[:labelled]
+                few = max(1, len(labels) // 4)  # the labelled ones come first
+                images, labels = [x[:few] for x in images], labels[:few]
             if by == "label":
-                logits, labels = student(torch.cat(views)), labels.repeat(2)
+                logits, labels = student(torch.cat(images)), labels.repeat(2)
             else:
-                logits = student(views[0])
-            loss = F.cross_entropy(logits, labels, ignore_index=-1)  # mean over labelled images
-            run.log(ce=loss)
+                logits = student(images[0])
+            cross_entropy = loss = F.cross_entropy(logits, labels)  # of labelled images
             if consistent:
                 with torch.no_grad():
-                    teacher_logits = teacher(views[1])
+                    teacher_logits = teacher(images[1])
                 consistency = consistency_loss(logits, teacher_logits)
-                weight = args.lambda_max * ramp_up(epoch + i / steps, args.ramp_epochs)
-                loss = loss + weight * consistency  # L = CE + lambda(t) L_con
+                term = args.lambda_max * ramp_up(run.time, args.ramp_epochs) * consistency
+                if args.diagnose and "force" not in run.notes:
+                    run.note(force=common.gradient_ratio(term, cross_entropy, student))
+                loss = cross_entropy + term  # L = CE + lambda(t) L_con
                 run.log(consistency=consistency)
             before = weight_bins(student) if args.diagnose else None
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            average.update_parameters(student)
+            ema_update(average, student, epoch * data.steps(args.batch_size) + i, alpha)
+            run.log(loss=loss, ce=cross_entropy)
             if args.diagnose:
                 run.log(moved=(weight_bins(student) != before).float().mean())
         if args.diagnose:
-            run.note(trace=common.weight_hessian_trace(student, data.labelled()))
-    return student.eval(), average, run.finish(), run.history
-
-
-def average_result(args: argparse.Namespace, data: Data, average: nn.Module, result: dict) -> dict:
-    """The row of a trained student's moving average, as METHOD-ema; its batch norm statistics are
-    taken anew from an epoch of training images."""
-    draws = torch.Generator().manual_seed(result["seed"])
-    update_bn((images for images, _ in data.batches(args.batch_size, draws)), average)
-    acc, loss = common.evaluate(average, data)
-    return common.record(args.out, result | {"method": result["method"] + "-ema", "test_acc": acc,
-                                             "test_loss": loss})
+            run.note(trace=common.sharpness(student, data))
+    results = [run.finish()]
+    if args.controls and by in (None, "average"):
+        results.append(run.finish(average, method=run.method + "-ema"))
+    return student.eval(), results, run.history
 
 
 # --------------------------------------------------------------- the paper's claims as numbers
@@ -228,57 +228,51 @@ def sensitivity(model: nn.Module, data: Data, place: str, sigma: float) -> tuple
     images, labels = data.normalize(data.test_images[::every]), data.test_labels[::every]
     torch.manual_seed(0)
     clean = model(images)
-    if place == "input":
-        hooks = [model.register_forward_pre_hook(on_input)]
-    else:
-        hooks = [m.weight_quantizer.register_forward_hook(on_weight)
-                 for m in product_layers(model).values()]
-    noisy = model(images)
-    for hook in hooks:
-        hook.remove()
+    quantizers = [layer.weight_quantizer for layer in common.weight_layers(model).values()]
+    with (hooked([model], before=on_input) if place == "input"
+          else hooked(quantizers, after=on_weight)):
+        noisy = model(images)
     right = (noisy.argmax(1) == labels).float().mean()
     return 100 * right.item(), consistency_loss(noisy, clean).item()
 
 
 def diagnose(data: Data, trained: dict[str, tuple]) -> None:
     """Print what the paper claims or draws, for the networks of the last seed."""
-    names = list(trained)
-    for place, sigmas in (("input", (0.0, 0.1, 0.2, 0.4)), ("weight", (0.0, 0.1, 0.2, 0.4))):
+    models = [model for model, *_ in trained.values()]
+    for place in ("input", "weight"):
         print(f"\naccuracy % | KL to the clean prediction, under Gaussian noise on each {place}")
-        print(f"{'sigma':<9}" + "".join(f"{n:<22}" for n in names))
-        for sigma in sigmas:
-            cells = (sensitivity(trained[n][0], data, place, sigma) for n in names)
-            print(f"{sigma:<9}" + "".join(f"{f'{acc:.2f} | {kl:.4f}':<22}" for acc, kl in cells))
+        print_row("sigma", *trained)
+        for sigma in (0.0, 0.1, 0.2, 0.4):
+            cells = (sensitivity(model, data, place, sigma) for model in models)
+            print_row(sigma, *(f"{acc:.2f} | {kl:.4f}" for acc, kl in cells))
     print("\nentropy of the quantized weights, bits")
-    print(f"{'':<9}" + "".join(f"{weight_entropy(trained[n][0]):<22.4f}" for n in names))
-    print("\nby epoch: weights that change bin in a step, % | Hessian trace ± standard error")
-    for row in zip(*(trained[n][3] for n in names)):
-        cells = (f"{100 * h['moved']:.3f} | {h['trace'][0]:.1f} ± {h['trace'][1]:.1f}"
-                 if "trace" in h else "not recorded" for h in row)  # trained without --diagnose
-        print(f"{row[0]['epoch']:<9}" + "".join(f"{cell:<22}" for cell in cells))
+    print_row("", *(f"{weight_entropy(model):.4f}" for model in models))
+    print("\nby epoch: weights that change their integer in a step, % | Hessian trace; force of the"
+          "\nconsistency term, |its gradient| / |that of the cross-entropy|")
+    print_row("epoch", *trained)
+    for row in zip(*(history for *_, history in trained.values())):
+        print_row(row[0]["epoch"], *(
+            f"{100 * h['moved']:.3f} | {h['trace'][0]:.0f}; {h.get('force', 0):.2f}"
+            if "trace" in h else "not recorded" for h in row))  # trained without --diagnose
 
 
 def main() -> None:
-    args = parse_args()
-    data = common.load_data(args.dataset, args.data_dir, args.train_size, args.fp_seed, args.device,
-                            args.dry_run)
-    if args.labels:
-        data = hide_labels(data, args.labels, args.fp_seed)
-    network, result = full_precision(args, data.labelled())
-    results, trained = [result], {}
-    for seed in args.seed:
+    results, trained = [], {}
+    for args, seed, data in common.per_seed(parse_args()):
+        labelled = data
+        if args.labels:
+            labelled, data = hide_labels(data, args.labels, args.fp_seed)
+        network, result = full_precision(args, labelled)
+        results.append(result)
         for method in args.method:
             trained[method] = train(args, data, method, seed, network)
-            results.append(trained[method][2])
-            if args.controls and method in ("lsq", "cr"):
-                results.append(average_result(args, data, trained[method][1], results[-1]))
-        for augment in AUGMENTS if args.ablate else []:
-            for method in ("lsq", "cr"):
-                same = argparse.Namespace(**vars(args) | {"augment": [augment, augment]})
-                results.append(train(same, data, method, seed, network, f"{method}-{augment}")[2])
-    print(common.result_table(results, baseline="lsq"))
+            results += trained[method][1]
+        for view in VIEWS if args.ablate else []:
+            both = Namespace(**vars(args) | {"views": [view]})
+            results += train(both, data, "cr", seed, network, f"cr-{view}")[1]
+    print(common.result_table(results))
     if args.diagnose:
-        diagnose(data, trained)
+        diagnose(labelled, trained)
 
 
 if __name__ == "__main__":

@@ -1,94 +1,90 @@
 """FPQ: Feature-Perturbed Quantization. Pang & Cai, "Stabilizing Quantization-Aware Training by
 Implicit-Regularization on Hessian Matrix", arXiv 2503.11159.
 
-The idea. A flat loss tolerates the jumps of rounding. Zero-mean noise penalises the trace of the
-Hessian of the loss without computing it (Eq. 7, for weights; the paper carries it over to
-features), so FPQ
-  1. adds uniform noise, one quantization step wide, to the inputs of randomly chosen layers (SFP),
-  2. holds every layer's output, channel by channel, to the shape that the full-precision network's
-     has (CSD), which keeps the noise from pulling features away,
-and trains the LSQ-quantized network with the sum of cross-entropy and CSD (Eq. 22).
+The idea. Rounding moves the weights and features of a network, and a flat loss does not mind.
+Zero-mean noise during training penalises the trace of the Hessian, without computing it (Eq. 7).
+FPQ therefore adds uniform noise, one quantization step size wide, to the inputs of randomly chosen
+layers: stochastic feature perturbation (SFP). It also holds the output of every convolution to the
+shape that the full-precision network's output has in each channel: channel-wise standardized
+distillation (CSD). The quantized network is trained on cross-entropy plus CSD (Eq. 22).
 
     paper                            here
-    x_l, z_l                         input and output of layer l: N x C x H x W, or N x C; z_l is
-                                     that of the convolution or linear layer, before batch norm
-    s_l, z, q                        layer.input_quantizer .step, .zero_point, .bits     Eq. 3-5
-    delta ~ U[-s_l/2, s_l/2], p      stochastic_feature_perturbation(x, step, p)     Eq. 9, 14
-    z_l standardised                 standardize(z)                                  Eq. 15
-    L_CSD                            csd_loss(student_feats, teacher_feats)          Eq. 16, 17
-    L = L_CE + L_CSD                 train()                                         Eq. 22, Alg. 1
+    x_l, z_l                         input and output of layer l: N x C x H x W (or N x T x C)
+    s_l, z, q                        layer.input_quantizer .step_size, .zero_point, .bits  Eq. 3-5
+    delta ~ U[-s_l/2, s_l/2], p      stochastic_feature_perturbation(x, step_size, p)      Eq. 9, 14
+    z_l standardized                 standardize(z)                                        Eq. 15
+    L_CSD                            csd_loss(student_feats, teacher_feats)                Eq. 16-17
+    L = L_CE + L_CSD                 train()                                       Eq. 22, Alg. 1
 
-    python fpq.py --bits 2 --dataset shapes        full precision -> LSQ -> FPQ, 2-3 minutes
+    python fpq.py --bits 2                         full precision, baseline (LSQ), FPQ
     python fpq.py --bits 2 --ablate --diagnose     the paper's ablation, its figures as numbers
-
-Measured, CIFAR-10, resnet8, W2A2, 15 + 6 epochs, one seed: full precision 81.63 %, LSQ 78.26,
-FPQ 78.30; commands and more in the README.
 """
 
-import argparse
+from argparse import Namespace
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 
 import common
 import torch
 import torch.nn.functional as F
-from common import Data, Run, calibrate, full_precision, product_layers, quantize, sgd
+from common import Data, Run, calibrate, full_precision, hooked, print_row, quantize, sgd
 from torch import Tensor, nn
 
 PAPER = {"model": "resnet18", "dataset": "cifar10", "batch_size": 256, "lr": 0.01, "epochs": 200,
-         "weight_decay": 5e-4, "p": 0.1,  # section 4; what is a choice of ours stays so
-         "fp_epochs": 200}  # a choice: the paper only says that it starts from full precision
+         "weight_decay": 5e-4, "p": 0.1,  # section 4
+         "fp_epochs": 200}  # [choice]: the paper only says that it starts from full precision
+
+# Which of (--p, --csd-weight, --kd-weight) act in a method.
+METHODS = {"baseline": (0, 0, 0), "sfp": (1, 0, 0), "csd": (0, 1, 0), "fpq": (1, 1, 0),
+           "kd": (0, 0, 1)}
+ABLATION = ["baseline", "sfp", "csd", "fpq", "kd"]
 
 
-def parse_args() -> argparse.Namespace:
-    parser = common.base_parser("FPQ: feature perturbation and channel-wise standardised "
+def parse_args() -> Namespace:
+    parser = common.base_parser("FPQ: feature perturbation and channel-wise standardized "
                                 "distillation for quantization-aware training (arXiv 2503.11159)")
-    unit, weight = common.number(float, 0, 1), common.number(float, 0, 1e6)
-    add = parser.add_argument
-    add("--p", type=unit, default=0.1, help="Eq. 14: chance that a layer is perturbed in a step")
-    add("--csd-weight", type=weight, default=1.0,
-        help="of L_CSD in Eq. 22 [choice; the paper sums, unweighted]")
-    add("--noise-at", choices=["operand", "input"], default="operand",
-        help="Eq. 16: noise after the activation quantizer; or before it (dither)")
-    add("--kd-weight", type=weight, default=1.0, help="of the distillation term of kd [choice]")
-    add("--method", choices=METHODS, nargs="+", default=["lsq", "fpq"], help="what to train")
-    add("--ablate", action="store_true", help="the paper's ablation: lsq, sfp, csd, fpq")
-    add("--compare", choices=["kd"], help="train also a method of the paper's tables")
-    add("--diagnose", action="store_true", help="figures 1, 2, 3 and 5 of the paper as numbers")
+    weight = common.number(float, 0, 1e6)
+    common.add_flags(
+        parser, "method",
+        ("--method", list(METHODS), ["baseline", "fpq"], "what to train"),
+        ("--p", common.number(float, 0, 1), 0.1, "Eq. 14: chance that a layer is perturbed"),
+        ("--csd-weight", weight, 1.0, "of L_CSD in Eq. 22"),
+        ("--noise-at", ["operand", "input"], "operand",
+         "Eq. 16: noise after the input quantizer, or before it"),
+        ("--kd-weight", weight, 1.0, "of the distillation of logits in kd"),
+        ("--ablate", bool, False, f"train {' '.join(ABLATION)}"),
+        ("--diagnose", bool, False, "figures 1, 2, 3 and 5 of the paper, and the force of terms"))
     args = common.parse(parser, PAPER)
-    methods = (["lsq", "sfp", "csd", "fpq"] if args.ablate else []) + args.method
-    args.method = list(dict.fromkeys(methods + ([args.compare] if args.compare else [])))
-    return common.finish_args(args)
+    args.method = list(dict.fromkeys((ABLATION if args.ablate else []) + args.method))
+    return args
 
 
 # ------------------------------------------------------------------------------------- the method
 
-# Which of (--p, --csd-weight, --kd-weight) act in a method. LSQ is FPQ with none.
-METHODS = {"lsq": (0, 0, 0), "sfp": (1, 0, 0), "csd": (0, 1, 0), "fpq": (1, 1, 0), "kd": (0, 0, 1)}
 
-
-def stochastic_feature_perturbation(x: Tensor, step: Tensor, p: float,
+def stochastic_feature_perturbation(x: Tensor, step_size: Tensor, p: float,
                                     generator: torch.Generator | None = None) -> Tensor:
     """SFP, Eq. 9 and 14: with probability p, x + delta, delta ~ U[-s/2, s/2] per element; else x.
 
-    x: any shape; step: a scalar. One coin per layer and step, so that seldom several layers are
-    perturbed at once, which biases the expectation (Prop. 1). No gradient flows through delta
-    [choice]. Without a generator the coin is drawn on the CPU, so that no device is waited for.
+    x: any shape; step_size: a scalar. One coin per layer and step: noise in several layers at once
+    biases the expectation (Prop. 1). No gradient flows through delta [choice]. Without a generator
+    the coin is drawn on the CPU, so that no device is waited for.
     """
     coin_device = generator.device if generator else "cpu"
     if torch.rand((), generator=generator, device=coin_device) >= p:
         return x
     delta = torch.empty_like(x).uniform_(-0.5, 0.5, generator=generator)
-    return x + delta.mul_(step.detach())  # Eq. 9, 14
+    return x + delta.mul_(step_size.detach())  # Eq. 9, 14
 
 
 def standardize(z: Tensor, eps: float = 1e-5) -> Tensor:
-    """Eq. 15: each channel of z (N x C x ...) to mean 0 and variance 1 over all else.
+    """Eq. 15: each channel of z (N x C x ...) to mean 0 and variance 1 over all else [choice; the
+    paper can also be read as over each image alone].
 
         z~ = (z - mean_c) / sqrt(var_c + eps)          eps inside the root, the biased variance
 
-    The definition; training uses `channel_distance`, which needs no standardised copy.
+    The definition; training uses `channel_distance`, which needs no standardized copy.
     """
     return F.batch_norm(z, None, None, training=True, eps=eps)  # Eq. 15
 
@@ -130,7 +126,7 @@ class ChannelDistance(torch.autograd.Function):
 
 def channel_distance(student: Tensor, teacher: Tensor, eps: float = 1e-5) -> Tensor:
     """Mean of (standardize(student) - standardize(teacher))^2 over N x C x ..., without computing
-    either: for standardised channels it is 2 (1 - r), r being Pearson's correlation of student and
+    either: for standardized channels it is 2 (1 - r), r being Pearson's correlation of student and
     teacher in the channel, so five sums per channel tell all. With eps in the roots:
 
         var_s / (var_s + eps) + var_t / (var_t + eps) - 2 cov / sqrt((var_s + eps)(var_t + eps))
@@ -139,7 +135,7 @@ def channel_distance(student: Tensor, teacher: Tensor, eps: float = 1e-5) -> Ten
 
 
 def csd_loss(student_feats: list[Tensor], teacher_feats: list[Tensor]) -> Tensor:
-    """CSD, Eq. 16-17, of the outputs z_l of all layers, N x C x ... each, in the same order.
+    """CSD, Eq. 16-17, of the outputs z_l of the layers, N x C x ... each, in the same order.
 
         L_CSD = mean_l mean_(n,c,...) (z~_student - z~_teacher)^2
 
@@ -152,51 +148,53 @@ def csd_loss(student_feats: list[Tensor], teacher_feats: list[Tensor]) -> Tensor
 
 
 def kd_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 4.0) -> Tensor:
-    """Logit distillation (Hinton et al. 2015), the tables' KD row: T^2 KL(teacher || student) of
-    the softmax at temperature T, mean over the batch. T = 4 is a choice. logits: N x classes."""
+    """Distillation of logits (Hinton et al. 2015), the tables' KD row: T^2 KL(teacher || student)
+    of the softmax at temperature T = 4 [choice], mean over the batch. logits: N x classes."""
     student, teacher = ((z / temperature).log_softmax(1) for z in (student_logits, teacher_logits))
     return temperature**2 * F.kl_div(student, teacher, log_target=True, reduction="batchmean")
 
 
-def attach_sfp(student: nn.Module, p: float, noise_at: str) -> None:
-    """Perturb every quantized layer in training. A layer's output is w_hat * x_s (Eq. 16), so the
-    noise is on the quantized operand ("operand"); the other reading has it before the quantizer,
-    where it makes rounding stochastic ("input")."""
+def layers_of(model: nn.Module) -> list[nn.Module]:
+    """All layers but the classifier: the convolutions, as in the paper. Its outputs are logits, and
+    with them CSD would be a distillation of logits in disguise."""
+    return list(common.weight_layers(model).values())[:-1]
+
+
+def perturbed(student: nn.Module, p: float, noise_at: str):
+    """A context in which SFP acts on the input of every layer, and on both factors of an attention's
+    products. A layer's output is w_hat * x_s (Eq. 16), so the noise is on the quantized operand; the
+    other reading has it before the quantizer ("input"), which makes rounding stochastic."""
     def after(quantizer, inputs, x_hat):
-        return perturb(x_hat, quantizer.step) if quantizer.training else x_hat
+        return perturb(x_hat, quantizer.step_size)
 
     def before(quantizer, inputs):
-        return perturb(inputs[0], quantizer.step) if quantizer.training else None
+        return perturb(inputs[0], quantizer.step_size)
 
+    if p == 0:
+        return nullcontext()
     perturb = partial(stochastic_feature_perturbation, p=p)
-    for layer in product_layers(student).values():
-        if noise_at == "operand":
-            layer.input_quantizer.register_forward_hook(after)
-        else:
-            layer.input_quantizer.register_forward_pre_hook(before)
+    quantizers = [layer.input_quantizer for layer in layers_of(student)]
+    quantizers += [q for m in student.modules() if isinstance(m, common.Product)
+                   for q in m.children()]
+    return hooked(quantizers, **({"after": after} if noise_at == "operand" else {"before": before}))
 
 
 @contextmanager
 def layer_outputs(model: nn.Module) -> Iterator[list[Tensor]]:
-    """Within the context, a list that the outputs z_l of all layers are appended to, in order:
-    N x C x ...; of tokens, N x T x C, the channels are moved to where convolutions have them."""
+    """Within, a list that the outputs z_l of the layers are appended to, in order: N x C x ...; the
+    channels of tokens, N x T x C, are moved to where convolutions have them."""
     def keep(layer, inputs, z):
         outputs.append(z.movedim(2, 1) if z.dim() == 3 else z)
 
     outputs = []
-    hooks = [layer.register_forward_hook(keep)
-             for layer in product_layers(model).values()]
-    try:
+    with hooked(layers_of(model), after=keep):
         yield outputs
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 # ----------------------------------------------------------------------------------- the training
 
 
-def train(args: argparse.Namespace, data: Data, method: str, seed: int,
+def train(args: Namespace, data: Data, method: str, seed: int,
           network: nn.Module) -> tuple[nn.Module, dict, list[dict]]:
     """Algorithm 1: (quantized network, result, history). Student and teacher both start as the
     full-precision `network`; the teacher stays as it is, in eval mode."""
@@ -205,30 +203,30 @@ def train(args: argparse.Namespace, data: Data, method: str, seed: int,
     student, teacher = quantize(network, args.wbits, args.abits, args.quantizer), network
     calibrate(student, data.sample(100)[0])  # Eq. 4-5
     optimizer = sgd(student, args.lr, args.weight_decay)
-    run = Run(args, data, student, optimizer, method, seed, args.epochs, args.lr)
-    if p:
-        attach_sfp(student, p, args.noise_at)
+    run = Run(args, data, method, seed, args.epochs, model=student, optimizer=optimizer)
 
     for _ in run.epochs():
-        for images, labels in run.batches():
-            with layer_outputs(student) as student_feats:
-                logits = student(images)  # quantized (Eq. 3) and perturbed (Eq. 14)
-            cross_entropy = loss = F.cross_entropy(logits, labels)
-            if csd_weight or kd_weight:
-                with torch.no_grad(), layer_outputs(teacher) as teacher_feats:
-                    teacher_logits = teacher(images)
-            if csd_weight:
-                csd = csd_loss(student_feats, teacher_feats)  # Eq. 16-17
-                loss = loss + csd_weight * csd  # Eq. 22
-                run.log(csd=csd)
-            if kd_weight:
-                loss = loss + kd_weight * kd_loss(logits, teacher_logits)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            run.log(loss=loss, ce=cross_entropy)
+        with perturbed(student, p, args.noise_at):
+            for images, labels in run.batches():
+                with layer_outputs(student) as student_feats:
+                    logits = student(images)  # quantized (Eq. 3) and perturbed (Eq. 14)
+                cross_entropy, term = F.cross_entropy(logits, labels), 0
+                if csd_weight or kd_weight:
+                    with torch.no_grad(), layer_outputs(teacher) as teacher_feats:
+                        teacher_logits = teacher(images)
+                if csd_weight:
+                    term = csd_weight * csd_loss(student_feats, teacher_feats)  # Eq. 16-17
+                if kd_weight:
+                    term = kd_weight * kd_loss(logits, teacher_logits)
+                if args.diagnose and (csd_weight or kd_weight) and "force" not in run.notes:
+                    run.note(force=common.gradient_ratio(term, cross_entropy, student))
+                loss = cross_entropy + term  # Eq. 22
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                run.log(loss=loss, ce=cross_entropy)
         if args.diagnose:
-            run.note(trace=common.weight_hessian_trace(student, data))
+            run.note(trace=common.sharpness(student, data))
     return student.eval(), run.finish(), run.history
 
 
@@ -246,23 +244,19 @@ def output_variance(model: nn.Module, images: Tensor, sigma: float, draws: int =
 
 
 def gradient_norm(model: nn.Module, data: Data, place: str, width: float) -> float:
-    """Fig. 2: norm of the loss gradient in the weights, with uniform noise `width` steps wide on
-    all quantized weights (place "weight") or features ("feature"); mean of 8 draws."""
+    """Fig. 2: norm of the loss gradient in the weights, with uniform noise `width` step sizes wide
+    on all quantized weights (place "weight_quantizer") or features ("input_quantizer"); mean of 8
+    draws."""
     def noise(quantizer, inputs, x_hat):
-        step = width * quantizer.grid(x_hat)[0]
-        return x_hat + (torch.rand_like(x_hat) - 0.5) * step.detach()
+        return x_hat + (torch.rand_like(x_hat) - 0.5) * (width * quantizer.grid(x_hat)[0]).detach()
 
     torch.manual_seed(0)
     images, labels = data.sample(256)
-    layers = product_layers(model).values()
-    quantizers = [q.weight_quantizer if place == "weight" else q.input_quantizer for q in layers]
-    hooks = [q.register_forward_hook(noise) for q in quantizers]
-    weights, norms = [layer.weight for layer in layers], []
-    for _ in range(8):
-        grads = torch.autograd.grad(F.cross_entropy(model(images), labels), weights)
-        norms.append(torch.sqrt(sum(g.square().sum() for g in grads)))
-    for hook in hooks:
-        hook.remove()
+    weights, norms = [layer.weight for layer in layers_of(model)], []
+    with hooked([getattr(layer, place) for layer in layers_of(model)], after=noise):
+        for _ in range(8):
+            grads = torch.autograd.grad(F.cross_entropy(model(images), labels), weights)
+            norms.append(nn.utils.get_total_norm(grads))
     return torch.stack(norms).mean().item()
 
 
@@ -270,8 +264,7 @@ def gradient_norm(model: nn.Module, data: Data, place: str, width: float) -> flo
 def feature_drift(model: nn.Module, network: nn.Module, images: Tensor) -> list[float]:
     """Fig. 3: per layer, the mean over channels of |mean_quantized - mean_fp| / std_fp."""
     with layer_outputs(model) as quantized, layer_outputs(network) as reference:
-        model(images)
-        network(images)
+        model(images), network(images)
     drifts = []
     for z, z_fp in zip(quantized, reference):
         over = [0, *range(2, z.dim())]
@@ -283,43 +276,42 @@ def feature_drift(model: nn.Module, network: nn.Module, images: Tensor) -> list[
 def diagnose(data: Data, network: nn.Module, trained: dict[str, tuple]) -> None:
     """Print what the paper draws, for the networks of the last seed."""
     images, _ = data.sample(256)
-    names = list(trained)
     print("\nFig. 1  variance of the logits under Gaussian input noise, relative")
-    print(f"{'sigma':<9}" + "".join(f"{n:<12}" for n in ["fp", *names]))
+    print_row("sigma", "fp", *trained)
     for sigma in (0.05, 0.1, 0.2, 0.4):
-        models = [network, *(trained[n][0] for n in names)]
-        row = (f"{output_variance(m, images, sigma):<12.4f}" for m in models)
-        print(f"{sigma:<9}" + "".join(row))
-    print("\nFig. 2  gradient norm under noise `width` steps wide on weights | on features")
-    print(f"{'width':<9}" + "".join(f"{n:<22}" for n in names))
+        print_row(sigma, *(f"{output_variance(m, images, sigma):.4f}"
+                           for m in [network, *(model for model, *_ in trained.values())]))
+    print("\nFig. 2  gradient norm under noise `width` step sizes wide on weights | on features")
+    print_row("width", *trained)
     for width in (0.0, 0.25, 0.5, 1.0):
-        pairs = ([gradient_norm(trained[n][0], data, place, width)
-                  for place in ("weight", "feature")] for n in names)
-        print(f"{width:<9}" + "".join(f"{f'{w:.3f} | {x:.3f}':<22}" for w, x in pairs))
+        pairs = ([gradient_norm(model, data, place, width)
+                  for place in ("weight_quantizer", "input_quantizer")]
+                 for model, *_ in trained.values())
+        print_row(width, *(f"{on_weights:.3f} | {on_features:.3f}"
+                           for on_weights, on_features in pairs))
     print("\nFig. 3  drift of channel means from full precision, in its standard deviations")
-    print(f"{'layer':<28}" + "".join(f"{n:<12}" for n in names))
-    drifts = [feature_drift(trained[n][0], network, images) for n in names]
-    for layer, *row in zip(product_layers(network), *drifts):
-        print(f"{layer:<28}" + "".join(f"{d:<12.4f}" for d in row))
-    print("\nFig. 5  Hessian trace ± standard error of the estimate, by epoch")
-    print(f"{'epoch':<9}" + "".join(f"{n:<22}" for n in names))
-    for row in zip(*(trained[n][2] for n in names)):
-        cells = (f"{h['trace'][0]:.1f} ± {h['trace'][1]:.1f}" if "trace" in h else "not recorded"
-                 for h in row)  # a run resumed after training without --diagnose has none
-        print(f"{row[0]['epoch']:<9}" + "".join(f"{cell:<22}" for cell in cells))
+    print_row("layer", *trained)
+    drifts = [feature_drift(model, network, images) for model, *_ in trained.values()]
+    for layer, *row in zip(common.weight_layers(network), *drifts):  # all but the classifier
+        print_row(layer, *(f"{d:.4f}" for d in row))
+    print("\nFig. 5  Hessian trace ± standard error of the estimate, by epoch; force of the added "
+          "term,\n        |its gradient| / |that of the cross-entropy|")
+    print_row("epoch", *trained)
+    for row in zip(*(history for *_, history in trained.values())):
+        print_row(row[0]["epoch"], *(
+            f"{h['trace'][0]:.0f} ± {h['trace'][1]:.0f}; {h.get('force', 0):.2f}"
+            if "trace" in h else "not recorded" for h in row))  # trained without --diagnose
 
 
 def main() -> None:
-    args = parse_args()
-    data = common.load_data(args.dataset, args.data_dir, args.train_size, args.fp_seed, args.device,
-                            args.dry_run)
-    network, result = full_precision(args, data)
-    results, trained = [result], {}
-    for seed in args.seed:
+    results, trained = [], {}
+    for args, seed, data in common.per_seed(parse_args()):
+        network, result = full_precision(args, data)
+        results.append(result)
         for method in args.method:
             trained[method] = train(args, data, method, seed, network)
             results.append(trained[method][1])
-    print(common.result_table(results, baseline="lsq"))
+    print(common.result_table(results))
     if args.diagnose:
         diagnose(data, network, trained)
 

@@ -2,48 +2,45 @@
 Extremely Low Bit Quantization-Aware Training", arXiv 2509.15514.
 
 The idea. Few bits bias what a network represents: its features collapse onto few directions. So
-MEC-Quant, besides learning the labels, keeps the features rich:
-  1. the entropy of the features is measured by the bits that a lossy code for them needs,
-  2. features of very different magnitude share the code as a mixture of experts, one per scale,
-  3. training maximises that length beside minimising the cross-entropy.
+MEC-Quant keeps the features rich while the network learns the labels. The entropy of the features
+is measured by the number of bits that a lossy code for them needs. Features of very different
+magnitude share the code as a mixture of experts, one for each scale. Training maximises the length
+of that code and minimises the cross-entropy.
 
-Only the paper's abstract and summaries were at hand. Coding length and series are those of its
+Only the abstract and summaries of the paper were at hand. Coding length and series are those of its
 ancestors (Ma et al. 2007; MEC, Liu et al. 2022); the mixture is rebuilt on MCR^2 (Yu et al. 2020).
 
     symbol                                                                              from
     Z: m x d              normalized_rows(features), m images, d features               ancestor
     eps_d^2, lambda       --eps2; 1 / (m eps_d^2)                                       ancestor
     L(Z), L(Z1, Z2)       coding_length(z1, z2), exact or series of even order          ancestor
-    pi_kj                 scale_gates(magnitudes, K), m x K, rows sum to 1              choice
-    L_moe                 moe_coding_length(z, gates)                                   choice
-    CE - beta L / L_max   train(), longest_code(m, d) normalises                        choice
+    pi_kj                 scale_gates(magnitudes, K), m x K, rows sum to 1              [choice]
+    L_moe                 moe_coding_length(z, gates)                                   [choice]
+    CE - beta L / L_max   train(), longest_code(m, d) normalises                        [choice]
 
-    python mec_quant.py --bits 2 --dataset shapes     full precision -> LSQ -> MEC-Quant, 2 minutes
-    python mec_quant.py --wbits 4 --abits 1           extremely low; --sweep-bits: 4, 3, 2 and 1
-
-Measured, 20,000 CIFAR-10 images, resnet8, 15 + 4 epochs, one seed: full precision 76.26 %; W2A2 LSQ
-73.67, MEC-Quant 73.52; W4A1 LSQ 67.33, MEC-Quant 67.65: no gain beyond that of random gates.
+    python mec_quant.py --bits 2               full precision, baseline (LSQ), MEC-Quant
+    python mec_quant.py --wbits 4 --abits 1    activations of one bit
 """
 
 import argparse
 import math
-import time
 import warnings
+from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import common
 import torch
 import torch.nn.functional as F
-from common import Data, Run, calibrate, full_precision, product_layers, quantize, sgd
+from common import Data, Run, calibrate, full_precision, hooked, print_row, quantize, sgd
 from torch import Tensor, nn
 
 PAPER = {"model": "resnet18", "dataset": "cifar10", "batch_size": 256, "lr": 0.01, "epochs": 200,
-         "weight_decay": 5e-4,  # the authors' protocol in their FPQ paper; the rest are choices
-         "fp_epochs": 200}
+         "weight_decay": 5e-4,  # the authors' protocol in their FPQ paper
+         "fp_epochs": 200}  # [choice]
 
 # The gates of the mixture (None: no coding length), and whether --branch is exchanged.
-METHODS = {"lsq": (None, False), "mec": ("one", False), "mec-quant": ("scale", False),
+METHODS = {"baseline": (None, False), "mec": ("one", False), "mec-quant": ("scale", False),
            "branch": ("scale", True), "random": ("random", False), "kd": (None, False)}
 
 
@@ -55,25 +52,28 @@ def even(text: str) -> int:
     return order
 
 
-def parse_args() -> argparse.Namespace:
+def parse_args() -> Namespace:
     parser = common.base_parser("MEC-Quant: maximum entropy coding for extremely low bit "
                                 "quantization-aware training (arXiv 2509.15514)", fewest_bits=1)
-    add, number = parser.add_argument, common.number
-    add("--beta", type=number(float, 0, 1e6), default=0.1, help="weight of the coding length")
-    add("--eps2", type=number(float, 1e-6, 1e6), default=0.5, help="distortion eps_d^2 per feature")
-    add("--order", type=even, help="of the series; without it the exact value")
-    add("--experts", type=number(int, 1, 64), default=3, help="K: scales of the mixture")
-    add("--branch", choices=["self", "teacher"], default="self", help="Z2: Z, or full precision's")
-    add("--kd-weight", type=number(float, 0, 1e6), default=1.0, help="of the distillation in kd")
-    add("--method", choices=METHODS, nargs="+", default=["lsq", "mec-quant"], help="what to train")
-    add("--ablate", action="store_true", help="all methods: one expert, mixture, other branch, ...")
-    add("--sweep-bits", action="store_true", help="activations of 4, 3, 2 and 1 bits in turn")
-    add("--diagnose", action="store_true", help="rank of the features, series, experts, cost")
+    number = common.number
+    common.add_flags(
+        parser, "method",
+        ("--method", list(METHODS), ["baseline", "mec-quant"], "what to train"),
+        ("--beta", number(float, 0, 1e6), 1.0, "weight of the coding length"),
+        ("--eps2", number(float, 1e-6, 1e6), 1 / 32, "distortion eps_d^2 per feature"),
+        ("--order", even, None, "of the series, in mec; without it the exact value"),
+        ("--experts", number(int, 1, 64), 3, "K: scales of the mixture"),
+        ("--branch", ["self", "teacher"], "self", "Z2: Z, or full precision's features"),
+        ("--kd-weight", number(float, 0, 1e6), 1.0, "of the distillation of logits in kd"),
+        ("--ablate", bool, False, f"train {' '.join(METHODS)}"),
+        ("--diagnose", bool, False, "rank of the features, series, experts, force of the term"))
     args = common.parse(parser, PAPER)
-    if args.order and not (args.ablate or "mec" in args.method):
+    if args.ablate:
+        args.method = list(METHODS)
+    if args.order and "mec" not in args.method:
         parser.error("--order is of the series that --method mec takes; name mec, or leave it away")
-    args.method = list(METHODS) if args.ablate else list(dict.fromkeys(args.method))
-    return common.finish_args(args)
+    args.method = list(dict.fromkeys(args.method))
+    return args
 
 
 # ------------------------------------------------------------------------------------- the method
@@ -102,18 +102,7 @@ def logdet(c: Tensor, symmetric: bool) -> Tensor:
     if symmetric:
         factor = torch.linalg.cholesky_ex(eye + c).L
         return 2 * torch.diagonal(factor, dim1=-2, dim2=-1).log().sum(-1)
-    return torch.linalg.slogdet(off_mps(eye + c)).logabsdet.to(c.device)
-
-
-def off_mps(c: Tensor) -> Tensor:
-    """c, but on the CPU if it is on MPS, which has neither LU's derivative nor the SVD."""
-    return c.cpu() if c.device.type == "mps" else c
-
-
-def spectral_norm(c: Tensor) -> Tensor:
-    """The largest singular value of C; nan, where LAPACK would raise, if C is not finite."""
-    c = off_mps(c.detach())
-    return torch.linalg.matrix_norm(c, 2) if c.isfinite().all() else c.new_tensor(math.nan)
+    return torch.linalg.slogdet(eye + c).logabsdet
 
 
 def coding_length(z1: Tensor, z2: Tensor | None = None, *, eps2: float,
@@ -136,10 +125,12 @@ def coding_length(z1: Tensor, z2: Tensor | None = None, *, eps2: float,
 
 
 def series_converges(c: Tensor, order: int) -> bool:
-    """Whether the spectral norm of C is below 1; a warning, shown once, if not."""
+    """Whether the spectral norm of C is below 1; a warning, shown once, if it is not."""
     if order % 2 or order < 2:
         raise ValueError(f"order should be even, not {order}: odd ones reward collapse")
-    norm = spectral_norm(c).item()
+    if not c.isfinite().all():  # LAPACK would raise; the series gives a loss of nan
+        return True
+    norm = torch.linalg.matrix_norm(c.detach(), 2).item()
     if norm >= 1:
         warnings.warn("the coding length's series diverges (spectral norm 1 or more): the exact "
                       "value is used; a larger --eps2 makes it converge", stacklevel=3)
@@ -155,14 +146,15 @@ def moe_coding_length(z: Tensor, gates: Tensor, *, eps2: float, z2: Tensor | Non
     One expert gives L(Z). As log det is concave, more give a lower bound of it, so maximising it is
     safe. That is why the weights are mu n_k / m [choice]: (n_k + d) / 2, which K separate codes
     would cost, adds up to more than L(Z). The bits that name the expert are left out, as the gates
-    are constants. K small Gram matrices in one batched product.
+    are constants. K small matrices in one batched product, d x d or m x m, whichever is smaller:
+    the latter is diag(sqrt(pi_k)) Z Z2^T diag(sqrt(pi_k)).
     """
     m, d = z.shape
     n = gates.sum(0).clamp_min(common.TINY)
-    left = gates.T[:, :, None] * z  # K x m x d
-    right = z if z2 is None else z2
-    c = left.transpose(1, 2) @ right / (n * eps2)[:, None, None]  # K x d x d
-    return (m + d) / 2 * (n / m * logdet(c, z2 is None)).sum()
+    root = gates.T.sqrt()[:, :, None]
+    left, right = root * z, root * (z if z2 is None else z2)  # K x m x d
+    c = left @ right.mT if m < d else left.mT @ right
+    return (m + d) / 2 * (n / m * logdet(c / (n * eps2)[:, None, None], z2 is None)).sum()
 
 
 def scale_gates(magnitudes: Tensor, experts: int) -> Tensor:
@@ -186,7 +178,7 @@ def longest_code(m: int, d: int, eps2: float) -> float:
     return (m + d) / 2 * r * math.log(1 + 1 / (r * eps2))
 
 
-def mec_term(args: argparse.Namespace, features: Tensor, other: Tensor | None, kind: str) -> Tensor:
+def mec_term(args: Namespace, features: Tensor, other: Tensor | None, kind: str) -> Tensor:
     """L / L_max, at most 1, of the student's features (m x d) and the other branch's, if any."""
     z, z2 = normalized_rows(features), None if other is None else normalized_rows(other)
     if kind == "one":
@@ -199,27 +191,24 @@ def mec_term(args: argparse.Namespace, features: Tensor, other: Tensor | None, k
 
 
 def kd_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 4.0) -> Tensor:
-    """Logit distillation (Hinton et al. 2015), for reference: T^2 KL(teacher || student)."""
+    """Distillation of logits (Hinton et al. 2015), for reference: T^2 KL(teacher || student)."""
     student, teacher = ((z / temperature).log_softmax(1) for z in (student_logits, teacher_logits))
     return temperature**2 * F.kl_div(student, teacher, log_target=True, reduction="batchmean")
 
 
 @contextmanager
 def penultimate(model: nn.Module) -> Iterator[list[Tensor]]:
-    """Within the context, a list that the last layer's inputs (N x d) are appended to: the pooled
-    features, not yet quantized."""
-    features, last = [], list(product_layers(model).values())[-1]
-    hook = last.register_forward_pre_hook(lambda layer, inputs: features.append(inputs[0]))
-    try:
+    """Within, a list that the last layer's inputs (N x d) are appended to: the pooled features, not
+    yet quantized [choice]."""
+    features, last = [], list(common.weight_layers(model).values())[-1]
+    with hooked([last], before=lambda layer, inputs: features.append(inputs[0])):
         yield features
-    finally:
-        hook.remove()
 
 
 # ----------------------------------------------------------------------------------- the training
 
 
-def train(args: argparse.Namespace, data: Data, method: str, seed: int,
+def train(args: Namespace, data: Data, method: str, seed: int,
           network: nn.Module) -> tuple[nn.Module, dict, list[dict]]:
     """(quantized network, result, history), from the full-precision `network` on."""
     kind, exchange = METHODS[method]
@@ -228,27 +217,28 @@ def train(args: argparse.Namespace, data: Data, method: str, seed: int,
     student = quantize(network, args.wbits, args.abits, args.quantizer)
     calibrate(student, data.sample(100)[0])
     optimizer = sgd(student, args.lr, args.weight_decay)
-    run = Run(args, data, student, optimizer, method, seed, args.epochs, args.lr)
+    run = Run(args, data, method, seed, args.epochs, model=student, optimizer=optimizer)
 
     for _ in run.epochs():
         for images, labels in run.batches():
             with penultimate(student) as features:
                 logits = student(images)
+            cross_entropy, term = F.cross_entropy(logits, labels), 0
             if by_teacher or kd_weight:
                 with torch.no_grad(), penultimate(network) as teacher_features:
                     teacher_logits = network(images)
-            loss = F.cross_entropy(logits, labels)
-            run.log(ce=loss)
             if beta:
                 other = teacher_features[0] if by_teacher else None
-                length = mec_term(args, features[0], other, kind)
-                loss = loss - beta * length  # CE - beta L / L_max
-                run.log(length=length)
+                term = -beta * mec_term(args, features[0], other, kind)
             if kd_weight:
-                loss = loss + kd_weight * kd_loss(logits, teacher_logits)
+                term = kd_weight * kd_loss(logits, teacher_logits)
+            if args.diagnose and (beta or kd_weight) and "force" not in run.notes:
+                run.note(force=common.gradient_ratio(term, cross_entropy, student))
+            loss = cross_entropy + term  # CE - beta L / L_max
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
+            run.log(loss=loss, ce=cross_entropy)
         if args.diagnose:
             run.note(series=series_errors(args, features_of(student, data)))
     return student.eval(), run.finish(), run.history
@@ -262,101 +252,64 @@ ORDERS = (2, 4, 8)
 @torch.no_grad()
 def features_of(model: nn.Module, data: Data) -> Tensor:
     """Pooled features of 512 fixed training images, batch norm in eval mode."""
-    training = model.training
     with penultimate(model.eval()) as features:
         model(data.sample(512)[0])
-    model.train(training)
     return features[0]
 
 
-def series_errors(args: argparse.Namespace, features: Tensor) -> tuple[float, ...]:
+def series_errors(args: Namespace, features: Tensor) -> tuple[float, ...]:
     """Spectral norm of C, then the relative error of the series of each of ORDERS."""
     z = normalized_rows(features)
     c = z.T @ z / (len(z) * args.eps2)
     exact = logdet(c, True)
     errors = [(series_logdet(c, order) - exact) / exact for order in ORDERS]
-    return spectral_norm(c).item(), *torch.stack(errors).tolist()
+    return torch.linalg.matrix_norm(c, 2).item(), *torch.stack(errors).tolist()
 
 
 def spectrum(features: Tensor, eps2: float) -> tuple[float, float, float]:
     """(L / L_max, effective rank, energy share of the top direction) of the normalised features;
     the effective rank is exp of the entropy of the energies' shares (Roy & Vetterli 2007)."""
     z = normalized_rows(features)
-    energy = torch.linalg.svdvals(off_mps(z)).square()
+    energy = torch.linalg.svdvals(z).square()
     share = energy / energy.sum().clamp_min(common.TINY)
     rank = torch.special.entr(share).sum().exp()
     length = coding_length(z, eps2=eps2) / longest_code(*z.shape, eps2)
     return length.item(), rank.item(), share.max().item()
 
 
-def term_cost(args: argparse.Namespace, data: Data, network: nn.Module) -> dict[str, float]:
-    """Milliseconds of forward and backward pass, median of 15: of an LSQ step, and of the coding
-    length of its features by one Gram matrix, by K experts and by K blocks of channels."""
-    student = quantize(network, args.wbits, args.abits, args.quantizer)
-    images, labels = data.sample(args.batch_size)
-    calibrate(student, images)
-    features = features_of(network, data)[:args.batch_size].clone().requires_grad_()
-    width = max(1, features.shape[1] // args.experts)
-    gates = scale_gates(features.norm(dim=1), args.experts)
-    works = {
-        "step": lambda: F.cross_entropy(student.train()(images), labels),
-        "one Gram matrix": lambda: coding_length(normalized_rows(features), eps2=args.eps2),
-        "experts": lambda: moe_coding_length(normalized_rows(features), gates, eps2=args.eps2),
-        "channel blocks": lambda: sum(coding_length(normalized_rows(block), eps2=args.eps2)
-                                      for block in features.split(width, dim=1))}
-    cost = {}
-    for name, work in works.items():
-        seconds = []
-        for _ in range(15):
-            started = time.perf_counter()
-            work().backward()
-            torch.ones(1, device=images.device).item()  # waits for the device
-            seconds.append(time.perf_counter() - started)
-        cost[name] = 1000 * sorted(seconds)[7]
-    return cost
-
-
-def diagnose(args: argparse.Namespace, data: Data, network: nn.Module, trained: dict) -> None:
-    """Print what the abstract claims, for the networks of the last seed and bits."""
+def diagnose(args: Namespace, data: Data, network: nn.Module, trained: dict) -> None:
+    """Print what the abstract claims, for the networks of the last seed."""
     features = {"fp": features_of(network, data)} | {
         name: features_of(model, data) for name, (model, _, _) in trained.items()}
-    print(f"\n{'features':<12}{'L / L_max':<12}{'effective rank':<17}energy in the top direction")
+    print()
+    print_row("features", "L / L_max", "effective rank", "energy in the top direction")
     for name, f in features.items():
         length, rank, top = spectrum(f, args.eps2)
-        print(f"{name:<12}{length:<12.4f}{rank:<17.2f}{100 * top:.1f} %")
-    last = next((name for name in ("mec-quant", *reversed(trained))
-                 if name in trained and METHODS[name][0]), list(trained)[-1])
-    print(f"\nseries of {last} by epoch: spectral norm | relative error of orders {ORDERS}")
+        print_row(name, f"{length:.4f}", f"{rank:.2f}", f"{100 * top:.1f} %")
+    last = list(trained)[-1]
+    print(f"\nby epoch: force of the term of {last}, |its gradient| / |that of the cross-entropy|; "
+          f"spectral norm;\nrelative error of the series of orders {ORDERS}")
     for row in trained[last][2]:
         if "series" in row:  # a run resumed after training without --diagnose has none
-            norm, *errors = row["series"]
-            print(f"{row['epoch']:<6}{norm:<9.3f}" + "".join(f"{e:<+12.4f}" for e in errors))
+            print_row(row["epoch"], *(f"{e:+.4f}" for e in (row.get("force", 0), *row["series"])))
     magnitudes = features[last].norm(dim=1)
     gates = scale_gates(magnitudes, args.experts)
     print(f"\nexperts of {last}: share of the mass, magnitudes of the rows that are mostly theirs")
     for k in range(args.experts):
         own = magnitudes[gates.argmax(1) == k]
         span = f"{own.min():.3f} to {own.max():.3f}" if len(own) else "none"
-        print(f"{k:<6}{100 * gates[:, k].mean():<7.1f}% {span}")
-    cost = term_cost(args, data, network)
-    print("\nforward and backward pass, ms (share of a step)")
-    for name, ms in cost.items():
-        print(f"{name:<18}{ms:<9.2f}{100 * ms / cost['step']:.1f} %")
+        print_row(k, f"{100 * gates[:, k].mean():.1f} %", span)
 
 
 def main() -> None:
-    args = parse_args()
-    data = common.load_data(args.dataset, args.data_dir, args.train_size, args.fp_seed, args.device,
-                            args.dry_run)
-    network, result = full_precision(args, data)
-    results, trained = [result], {}
-    for abits in (4, 3, 2, 1) if args.sweep_bits else [args.abits]:
-        args.abits = abits
-        for seed in args.seed:
-            for method in args.method:
-                trained[method] = train(args, data, method, seed, network)
-                results.append(trained[method][1])
-    print(common.result_table(results, baseline="lsq"))
+    results, trained = [], {}
+    for args, seed, data in common.per_seed(parse_args()):
+        network, result = full_precision(args, data)
+        results.append(result)
+        for method in args.method:
+            trained[method] = train(args, data, method, seed, network)
+            results.append(trained[method][1])
+    print(common.result_table(results))
     if args.diagnose:
         diagnose(args, data, network, trained)
 
