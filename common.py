@@ -136,7 +136,7 @@ class Quantizer(nn.Module):
     bits: 1 to 8; levels are 0 to qmax = 2^bits - 1. step_size is NaN until `initialize`; only its
     magnitude counts, so it may cross zero. A one-bit weight (with `channels`) has z = 1/2, so it is
     -s/2 or s/2 [choice]; a one-bit activation is 0 or s. Step sizes of 8 bits stay as calibrated
-    [choice]: LSQ's gradient scale suits few bits, and makes these grow until most levels are unused.
+    [choice]: LSQ's gradient scale suits few bits and makes these grow until few levels are used.
     """
 
     decays = False  # whether weight decay applies to the learned parameters [choice]

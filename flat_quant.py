@@ -335,7 +335,7 @@ def quantized_results(args: Namespace, data: Data, network: nn.Module, result: d
 
 
 def ptq_table(results: list[dict]) -> str:
-    """Accuracy of each network (row) at each pair of bits (column), ± standard error over seeds."""
+    """Accuracy of each network (row) at each pair of bits (column); mean ± standard error."""
     cells, first = {}, results[0]
     for r in results:
         row = cells.setdefault(r["method"], {})

@@ -53,6 +53,7 @@ def parse_args() -> Namespace:
         ("--noise-at", ["operand", "input"], "operand",
          "Eq. 16: noise after the input quantizer, or before it"),
         ("--kd-weight", weight, 1.0, "of the distillation of logits in kd"),
+        ("--kd-temperature", common.number(float, 0.01, 1e3), 4.0, "of its softmax"),
         ("--ablate", bool, False, f"train {' '.join(ABLATION)}"),
         ("--diagnose", bool, False, "figures 1, 2, 3 and 5 of the paper, and the force of terms"))
     args = common.parse(parser, PAPER)
@@ -149,7 +150,7 @@ def csd_loss(student_feats: list[Tensor], teacher_feats: list[Tensor]) -> Tensor
 
 def kd_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 4.0) -> Tensor:
     """Distillation of logits (Hinton et al. 2015), the tables' KD row: T^2 KL(teacher || student)
-    of the softmax at temperature T = 4 [choice], mean over the batch. logits: N x classes."""
+    of the softmax at temperature T [choice], mean over the batch. logits: N x classes."""
     student, teacher = ((z / temperature).log_softmax(1) for z in (student_logits, teacher_logits))
     return temperature**2 * F.kl_div(student, teacher, log_target=True, reduction="batchmean")
 
@@ -161,9 +162,9 @@ def layers_of(model: nn.Module) -> list[nn.Module]:
 
 
 def perturbed(student: nn.Module, p: float, noise_at: str):
-    """A context in which SFP acts on the input of every layer, and on both factors of an attention's
-    products. A layer's output is w_hat * x_s (Eq. 16), so the noise is on the quantized operand; the
-    other reading has it before the quantizer ("input"), which makes rounding stochastic."""
+    """A context in which SFP acts on the input of every layer, and on both factors of the products
+    in attention. A layer's output is w_hat * x_s (Eq. 16), so the noise is on the quantized operand;
+    the other reading has it before the quantizer ("input"), which makes rounding stochastic."""
     def after(quantizer, inputs, x_hat):
         return perturb(x_hat, quantizer.step_size)
 
@@ -217,7 +218,7 @@ def train(args: Namespace, data: Data, method: str, seed: int,
                 if csd_weight:
                     term = csd_weight * csd_loss(student_feats, teacher_feats)  # Eq. 16-17
                 if kd_weight:
-                    term = kd_weight * kd_loss(logits, teacher_logits)
+                    term = kd_weight * kd_loss(logits, teacher_logits, args.kd_temperature)
                 if args.diagnose and (csd_weight or kd_weight) and "force" not in run.notes:
                     run.note(force=common.gradient_ratio(term, cross_entropy, student))
                 loss = cross_entropy + term  # Eq. 22
