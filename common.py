@@ -118,7 +118,7 @@ class FakeQuantize(torch.autograd.Function):
         return grad_x, grad_s * (ctx.grad_scale / step_size), None, None, None, None
 
 
-def in_memory_order(t: Tensor, like: Tensor) -> Tensor:
+def in_memory_order(t, like):
     """t as a vector in the memory order of `like`: a view where both have the same order."""
     channels_last = like.dim() == 4 and like.is_contiguous(memory_format=torch.channels_last)
     return (t.permute(0, 2, 3, 1) if channels_last else t).reshape(-1)
@@ -165,7 +165,7 @@ class Quantizer(nn.Module):
         papers build, N counts the batch for activations; LSQ's text leaves it out [choice]."""
         return (x.numel() / self.step_size.numel() * self.qmax) ** -0.5
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         step_size, zero_point = self.grid(x)
         if not self.ready:
             if self.step_size.isnan().any():
@@ -221,7 +221,7 @@ class LSQPlus(Quantizer):
         super().__init__(bits)
         self.offset = nn.Parameter(torch.tensor(0.0), requires_grad=bits < 8)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         beta = scale_gradient(self.offset, self.grad_scale(x))
         return super().forward(x - beta) + beta
 
@@ -237,7 +237,7 @@ class PACT(Quantizer):
 
     decays = True  # as in the paper: nothing else makes alpha smaller
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         x_hat, (s, z) = super().forward(x), self.grid(x)
         levels = (self.qmax - z).clamp_min(1)  # above zero; none if all data were negative
         s = scale_gradient(s, levels**-2)
@@ -261,7 +261,7 @@ class QuantLayer(nn.Module):
             F.conv2d, stride=layer.stride, padding=layer.padding, dilation=layer.dilation,
             groups=layer.groups)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         return self.product(self.input_quantizer(x), self.weight_quantizer(self.weight), self.bias)
 
 
@@ -272,7 +272,7 @@ class Product(nn.Module):
         super().__init__()
         self.a_quantizer, self.b_quantizer = nn.Identity(), nn.Identity()
 
-    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+    def forward(self, a, b):
         return self.a_quantizer(a) @ self.b_quantizer(b)
 
 
@@ -314,17 +314,15 @@ def quantize(model: nn.Module, wbits: int, abits: int, quantizer: str = "lsq",
     for name, m in list(model.named_modules(remove_duplicate=False)):  # one may have two names
         if isinstance(m, Product):
             m.a_quantizer, m.b_quantizer = (QUANTIZERS[quantizer](abits).to(like) for _ in "ab")
-        elif m in new:
-            model.set_submodule(name, new[m])
-        elif (name in order and type(m) in (nn.Conv2d, nn.Linear)
-              and getattr(m, "padding_mode", "zeros") == "zeros"):
+        elif name in order and type(m) in (nn.Conv2d, nn.Linear) and vars(m).get(
+                "padding_mode", "zeros") == "zeros":
             bits = (8, 8) if name in (order[0], order[-1]) else (wbits, abits)
             new[m] = QuantLayer(m, *bits, quantizer).to(like)
-            if name:
-                model.set_submodule(name, new[m])
-        elif isinstance(m, (nn.Conv2d, nn.Linear)) or any(
-                "weight" in key and p.dim() > 1 for key, p in m.named_parameters(recurse=False)):
+        elif m not in new and (isinstance(m, (nn.Conv2d, nn.Linear)) or any(
+                "weight" in key and p.dim() > 1 for key, p in m.named_parameters(recurse=False))):
             left.append(f"{name} ({type(m).__name__})")
+        if m in new and name:
+            model.set_submodule(name, new[m])
     if left:
         warnings.warn(f"left in full precision: {', '.join(left)}", stacklevel=2)
     return new.get(model, model)  # the model may be a single layer
@@ -366,7 +364,7 @@ def export_int(qmodel: nn.Module) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
 # ------------------------------------------------------------------------------------ 2. Networks
 
 
-def cifar_resnet(blocks: int, classes: int) -> nn.Sequential:
+def cifar_resnet(blocks, classes):
     """ResNet for 32 x 32 images (He et al. 2016, section 4.2): three stages of `blocks` blocks, 16,
     32 and 64 channels wide; 1 x 1 convolutions where the shape changes."""
     layers, inputs = [Conv2dNormActivation(3, 16, 3)], 16
@@ -380,7 +378,7 @@ def cifar_resnet(blocks: int, classes: int) -> nn.Sequential:
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, classes))
 
 
-def mobilenet_v1(classes: int) -> nn.Sequential:
+def mobilenet_v1(classes):
     """MobileNet (Howard et al. 2017, table 1): 3 x 3 convolutions of each channel apart, then
     1 x 1. Its first stride, of 2, is 1 for 32 x 32 images."""
     layers, inputs = [Conv2dNormActivation(3, 32, 3)], 32
@@ -396,14 +394,14 @@ class ViTBlock(nn.Module):
     """x + attention(norm(x)), then x + fc2(gelu(fc1(norm(x)))): N x T x width. The products of
     features in the attention are modules, for `quantize` to find."""
 
-    def __init__(self, width: int, heads: int):
+    def __init__(self, width, heads):
         super().__init__()
         self.heads, self.norm1, self.norm2 = heads, nn.LayerNorm(width), nn.LayerNorm(width)
         self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
         self.fc1, self.fc2 = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
         self.scores, self.mix = Product(), Product()
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         q, k, v = self.qkv(self.norm1(x)).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         weights = (self.scores(q, k.transpose(2, 3)) * q.shape[3] ** -0.5).softmax(3)
         x = x + self.proj(self.mix(weights, v).transpose(1, 2).flatten(2))
@@ -414,14 +412,14 @@ class ViT(nn.Module):
     """Vision transformer for N x 3 x 32 x 32: 64 patches of 4 x 4, whose mean is classified. Width
     and heads are those of DeiT-Ti, which has depth 12 and a class token."""
 
-    def __init__(self, classes: int, depth: int, width: int = 192, heads: int = 3):
+    def __init__(self, classes, depth, width=192, heads=3):
         super().__init__()
         self.patches = nn.Conv2d(3, width, 4, 4)
         self.position = nn.Parameter(0.02 * torch.randn(1, 64, width))
         self.blocks = nn.Sequential(*(ViTBlock(width, heads) for _ in range(depth)))
         self.norm, self.fc = nn.LayerNorm(width), nn.Linear(width, classes)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         x = self.patches(x).flatten(2).transpose(1, 2) + self.position
         return self.fc(self.norm(self.blocks(x)).mean(1))
 
@@ -489,7 +487,7 @@ class Data:
         """Batches per epoch. The incomplete last batch is dropped: it distorts batch norm."""
         return max(1, len(self.train_labels) // batch_size)
 
-    def order(self, batch_size: int, draws: torch.Generator) -> Tensor:
+    def order(self, batch_size, draws):
         """The training images of an epoch, by index, in random order."""
         return torch.randperm(len(self.train_labels), generator=draws)
 
@@ -510,7 +508,7 @@ class Data:
             yield (*(self.cut(order[at], *move[:, at]) for move in moves),
                    self.train_labels[order[at]])
 
-    def cut(self, index: Tensor, row: Tensor, column: Tensor, mirrored: Tensor) -> Tensor:
+    def cut(self, index, row, column, mirrored):
         """The training images `index`, moved by (row, column), mirrored where it is 1: N each."""
         line = torch.arange(32, device=index.device)
         rows = self.pad + row[:, None] + line
@@ -538,13 +536,14 @@ def load_data(args: Namespace) -> Data:
     name = "cifar10" if args.dataset == "auto" else args.dataset
     read = {"folder": read_folder, "shapes": draw_shapes}.get(name, read_cifar)
     try:
-        x, y, test_x, test_y, classes = read(args.data_dir, name)
+        x, y, test_x, test_y = read(args.data_dir, name)
     except UsageError as error:
         if args.dataset != "auto":
             raise
         print(f"!! {error}\n!! Training on the drawn data set 'shapes' instead: its figures say "
               "nothing about CIFAR-10.", file=sys.stderr)
-        name, (x, y, test_x, test_y, classes) = "shapes", draw_shapes()
+        name, (x, y, test_x, test_y) = "shapes", draw_shapes()
+    classes = int(y.max()) + 1
     if args.val:
         test_x, test_y, x, y = split(x, y, args.val, args.fp_seed, "--val")
     if args.train_size:
@@ -556,10 +555,11 @@ def load_data(args: Namespace) -> Data:
     x = F.pad(x, (0, 0, *[args.pad] * 4))
     mean, std = pixels.mean(0), pixels.std(0).clamp_min(1e-3)
     parts = (t.to(args.device) for t in (x, y, test_x, test_y, mean, std))
-    return Data(name, classes, *parts, args.pad, "val" if args.val else "test", zlib.crc32(content))
+    part = "val" if args.val else "test"
+    return Data(name, classes, *parts, args.pad, part, zlib.crc32(content))
 
 
-def split(x, y, size: int, seed: int, flag: str) -> tuple[Tensor, ...]:
+def split(x, y, size, seed, flag):
     """`size` random images and labels, the classes as equal in number as the data allows, and the
     others. UsageError, naming `flag`, if there are fewer than `size`, or more classes."""
     if not y.max() < size < len(y):
@@ -573,7 +573,7 @@ def split(x, y, size: int, seed: int, flag: str) -> tuple[Tensor, ...]:
     return x[picked], y[picked], x[~picked], y[~picked]
 
 
-def read_cifar(data_dir: Path, name: str) -> tuple:
+def read_cifar(data_dir, name):
     """cifar10 or cifar100, which torchvision downloads, if need be, and verifies."""
     socket.setdefaulttimeout(5)  # a host that does not answer should fail, not hang
     try:
@@ -582,11 +582,10 @@ def read_cifar(data_dir: Path, name: str) -> tuple:
     except Exception as error:  # torchvision and the network raise half a dozen kinds
         raise UsageError(f"{name} is not in {data_dir} and could not be downloaded ({error}); "
                          "--dataset shapes needs no download") from None
-    arrays = (torch.as_tensor(a) for part in (train, test) for a in (part.data, part.targets))
-    return *arrays, len(train.classes)
+    return [torch.as_tensor(a) for part in (train, test) for a in (part.data, part.targets)]
 
 
-def read_image(path: str) -> np.ndarray:
+def read_image(path):
     """An image of 8 bits per channel as uint8 32 x 32 x 3."""
     try:
         with Image.open(path) as image:
@@ -597,7 +596,7 @@ def read_image(path: str) -> np.ndarray:
         raise UsageError(f"{path} cannot be read as an image: {error}") from None
 
 
-def read_folder(data_dir: Path, name: str) -> tuple:
+def read_folder(data_dir, name):
     """DIR/train/<class>/* and DIR/test/<class>/*, as torchvision's ImageFolder finds them."""
     try:
         train, test = (torchvision.datasets.ImageFolder(data_dir / part, loader=read_image)
@@ -606,15 +605,14 @@ def read_folder(data_dir: Path, name: str) -> tuple:
         raise UsageError(f"--data-dir {data_dir} should hold train/<class>/* and test/<class>/*: "
                          f"{str(error).splitlines()[0]}") from None
     if train.classes != test.classes or len(train.classes) < 2:
-        odd = sorted(set(train.classes) ^ set(test.classes)) or train.classes
+        odd = sorted({*train.classes} ^ {*test.classes}) or train.classes
         raise UsageError(f"{data_dir} should have the same classes, two or more, in train and in "
                          f"test; look at {', '.join(odd[:5])}")
-    arrays = (torch.from_numpy(np.stack(a)) for part in (train, test) for a in (
-        [image for image, _ in part], part.targets))
-    return *arrays, len(train.classes)
+    return [torch.from_numpy(np.stack(a)) for part in (train, test)
+            for a in ([image for image, _ in part], part.targets)]
 
 
-def draw_shapes(*_, train: int = 3200, test: int = 1000, seed: int = 0) -> tuple:
+def draw_shapes(*_, train=3200, test=1000, seed=0):
     """Ten classes drawn by one formula: 0, 2, 3, 4 or 6 lobes, filled or hollow, of random place,
     size, turn and brightness, in coloured noise.
 
@@ -631,14 +629,14 @@ def draw_shapes(*_, train: int = 3200, test: int = 1000, seed: int = 0) -> tuple
     image = np.stack([image + rng.normal(0, 0.06, image.shape) for _ in range(3)], 3)
     image = (255 * image.clip(0, 1)).astype(np.uint8)
     x, y = torch.from_numpy(image), torch.from_numpy(kind)
-    return x[:train], y[:train], x[train:], y[train:], 10
+    return x[:train], y[:train], x[train:], y[train:]
 
 
 # --------------------------------------------------------------------------------------- 4. A run
 
 
 class Parser(argparse.ArgumentParser):
-    def error(self, message: str):  # argparse prints the whole usage first; one line is clearer
+    def error(self, message):  # argparse prints the whole usage first; one line is clearer
         self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
 
 
@@ -722,7 +720,8 @@ def parse(parser: Parser, recipe: dict) -> Namespace:
     """
     args = parser.parse_args()
     if args.recipe:
-        parser.set_defaults(**{k: v for k, v in recipe.items() if not args.bits or k[1:] != "bits"})
+        given = ("wbits", "abits") if args.bits else ()
+        parser.set_defaults(**{k: v for k, v in recipe.items() if k not in given})
         args = parser.parse_args()
         print("--recipe paper:", *(f"--{k.replace('_', '-')} {getattr(args, k)}" for k in recipe))
     args.wbits, args.abits = args.wbits or args.bits or 2, args.abits or args.bits or 2
@@ -820,8 +819,7 @@ class Run:
                  warmup: float = 0.0, shared: bool = False, **parts):
         self.args, self.data, self.method, self.seed, self.parts = args, data, method, seed, parts
         self.total, self.warmup, self.shared = epochs, warmup, shared
-        self.peak = parts["optimizer"].defaults["lr"]
-        self.time, self.history, self.results = 0.0, [], {}  # time: epochs so far, for ramps
+        self.peak, self.history, self.results = parts["optimizer"].defaults["lr"], [], {}
         self.identity = {"method": method, "seed": seed, "data": data.fingerprint} | {
             k: v for k, v in sorted(vars(args).items())
             if (k in FP_FLAGS if shared else k not in NOT_SHAPING and not isinstance(v, bool))}
@@ -831,7 +829,7 @@ class Run:
         if (args.resume or shared) and self.path.exists():
             self.load()
 
-    def load(self) -> None:
+    def load(self):
         try:
             if zipfile.ZipFile(self.path).testzip():  # torch.load checks no sums
                 raise ValueError("a byte has changed")
@@ -845,7 +843,7 @@ class Run:
             raise UsageError(f"{self.path} is damaged or not ours ({type(error).__name__}); delete "
                              "it to start afresh") from None
 
-    def save(self) -> None:
+    def save(self):
         state = {"identity": self.identity, "history": self.history, "results": self.results}
         whole = io.BytesIO()  # since torch.save hides why a file cannot be written
         torch.save(state | {name: part.state_dict() for name, part in self.parts.items()}, whole)
@@ -856,7 +854,7 @@ class Run:
         finally:
             partial.unlink(missing_ok=True)
 
-    def stream(self, purpose: str) -> int:
+    def stream(self, purpose):
         stage = "full precision" if self.shared else "method"
         return random_stream(stage, purpose, self.seed, self.epoch)
 
@@ -878,9 +876,8 @@ class Run:
                       f"{loss:.4f}  acc {acc:5.2f} %  {self.seconds:5.1f} s  left "
                       f"{left // 60}:{left % 60:02d}")
 
-    def show(self, text: str) -> None:
-        clear = "\r\033[K" if sys.stdout.isatty() else ""  # takes the place of the step's line
-        print(f"{clear}{self.method:<9} seed {self.seed}  {text}", flush=True)
+    def show(self, text):
+        print(f"{self.method:<9} seed {self.seed}  {text}", flush=True)
 
     def batches(self, views: tuple[str, ...] | None = None) -> Iterator[tuple[Tensor, ...]]:
         """The batches of the epoch, one image tensor for each of `views`, by default --augment."""
@@ -888,22 +885,21 @@ class Run:
         size, steps = self.args.batch_size, self.data.steps(self.args.batch_size)
         draws = torch.Generator().manual_seed(self.stream("batches"))
         for i, batch in enumerate(self.data.batches(size, draws, views or (self.args.augment,))):
-            self.time = self.epoch + i / steps
+            self.time = self.epoch + i / steps  # epochs so far, for ramps
             for group in self.parts["optimizer"].param_groups:
                 group["lr"] = cosine_lr(self.epoch * steps + i, self.total * steps, self.peak,
                                         self.warmup)
             yield batch
             now = time.perf_counter()
             if sys.stdout.isatty() and now > shown + 1:  # waits for the device: once a second
-                left, shown = (now - started) / (i + 1) * (steps - i - 1), now
-                print(f"\r\033[Kepoch {self.epoch + 1}  step {i + 1}/{steps}  loss "
-                      f"{self.sums['loss'].item() / (i + 1):.4f}  {left:.0f} s left", end="",
-                      flush=True)
+                left, shown = (now - started) * (steps / (i + 1) - 1), now
+                print(f"step {i + 1}/{steps}  loss {self.sums['loss'].item() / (i + 1):.4f}  "
+                      f"{left:.0f} s left   ", end="\r", flush=True)
         self.means = {k: v.item() / steps for k, v in self.sums.items()}  # waits, once per epoch
         self.seconds = time.perf_counter() - started
         self.check(*self.means.values())
 
-    def check(self, *losses: float) -> None:
+    def check(self, *losses):
         """FloatingPointError, which ends the script, if a loss is not finite."""
         if not all(map(math.isfinite, losses)):
             raise FloatingPointError(f"{self.method}: the loss is not finite in epoch "
