@@ -866,7 +866,7 @@ class Run:
             yield self.epoch
             acc, loss = evaluate(self.parts["model"], self.data)
             self.check(loss)
-            self.history.append({"epoch": self.epoch + 1, **self.means, "loss": loss, "acc": acc,
+            self.history.append({"epoch": self.epoch + 1, **self.means, "eval_loss": loss, "acc": acc,
                                  "seconds": self.seconds, **self.notes})
             self.save()
             average = np.mean([h["seconds"] for h in self.history])

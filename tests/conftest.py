@@ -1,7 +1,10 @@
-"""Shared by all tests: the import path, a tiny data set, a way to run a script as a user does."""
+"""Shared by all tests: the import path, tiny data, and the ways to run a script."""
 
-import subprocess
+import functools
+import importlib
+import json
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -13,9 +16,8 @@ sys.path.insert(0, str(ROOT))
 import common  # noqa: E402
 import flat_quant  # noqa: E402
 
-
 LONG = {"matrix": "every script, network, quantizer and bits: an hour",
-        "kills": "a hundred kills at random moments: ten minutes"}
+        "kills": "forty kills at random moments: some minutes"}
 
 
 def pytest_configure(config):
@@ -31,27 +33,23 @@ def pytest_collection_modifyitems(config, items):
         items[:] = keep
 
 
+draw_shapes = functools.cache(common.draw_shapes)
+
+
 @pytest.fixture(autouse=True)
-def short_study(monkeypatch):
-    """The Hessian and PTQ have tests of their own; no dry run needs all of them."""
+def short(monkeypatch):
+    """Pictures are drawn once. The Hessian and PTQ have tests of their own; no dry run needs all
+    of them."""
+    monkeypatch.setattr(common, "draw_shapes", draw_shapes)
     for name, value in (("PROBES", 2), ("ITERATIONS", 1), ("PTQ_BITS", [(8, 8)])):
         monkeypatch.setattr(flat_quant, name, value)
 
 
-@pytest.fixture
-def run_script(tmp_path):
-    """run_script("fpq.py", "--bits", "2", ...) -> CompletedProcess; results in tmp_path/out."""
-    def run(script: str, *flags: str, timeout: float = 120) -> subprocess.CompletedProcess:
-        command = [sys.executable, str(ROOT / script), "--out", str(tmp_path / "out"), *flags]
-        return subprocess.run(command, capture_output=True, text=True, timeout=timeout,
-                              cwd=tmp_path)
-    return run
-
-
 @pytest.fixture(scope="session")
 def tiny_data() -> common.Data:
-    """64 drawn training images and 64 for testing."""
-    return common.load_data("shapes", Path("nowhere"), dry_run=True)
+    """64 drawn training images, and some 64 for testing."""
+    return common.load_data(Namespace(dataset="shapes", data_dir=None, train_size=None, val=None,
+                                      fp_seed=0, pad=2, device="cpu", dry_run=True))
 
 
 @pytest.fixture
@@ -61,3 +59,55 @@ def calibrated(tiny_data):
     model = common.quantize(common.build_model("resnet8", 10), 2, 2)
     common.calibrate(model, tiny_data.sample(16)[0])
     return model
+
+
+@pytest.fixture
+def parse(monkeypatch, tmp_path):
+    """parse("fpq", *flags) -> the args of a dry run on shapes, for `tiny_data`."""
+    def arguments(script: str, *flags: str) -> Namespace:
+        monkeypatch.setattr(sys, "argv", [
+            f"{script}.py", "--out", str(tmp_path), "--device", "cpu", "--dataset", "shapes",
+            "--dry-run", *flags])
+        return importlib.import_module(script).parse_args()
+    return arguments
+
+
+@pytest.fixture
+def run(monkeypatch, tmp_path, capsys):
+    """run("fpq", *flags) runs a script as a user does, but in this process. It returns the exit
+    code .code, the printed .out and .err, and .results: all lines of the results.jsonl that lie
+    somewhere in tmp_path, those of earlier runs included."""
+    def entered(script: str, *flags: str) -> Namespace:
+        monkeypatch.setattr(sys, "argv", [
+            f"{script}.py", "--out", str(tmp_path), "--device", "cpu", *flags])
+        code = 0
+        try:
+            common.entry(importlib.import_module(script).main)
+        except SystemExit as stop:
+            code = stop.code
+        out, err = capsys.readouterr()
+        results = [json.loads(line) for file in sorted(tmp_path.rglob("results.jsonl"))
+                   for line in file.read_text().splitlines()]
+        return Namespace(code=code, out=out, err=err, results=results)
+    return entered
+
+
+class FirstStep(Exception):
+    pass
+
+
+def first_step(monkeypatch, train, *args) -> list[torch.Tensor | None]:
+    """Run train(*args) up to its first optimizer step: the gradients of all parameters that
+    require one, in the optimizer's order."""
+    grads = []
+
+    def step(optimizer, *_):
+        grads.extend(p.grad for group in optimizer.param_groups for p in group["params"]
+                     if p.requires_grad)
+        raise FirstStep
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.optim.SGD, "step", step)
+        with pytest.raises(FirstStep):
+            train(*args)
+    return grads
