@@ -16,6 +16,8 @@ sys.path.insert(0, str(ROOT))
 import common  # noqa: E402
 import flat_quant  # noqa: E402
 
+CPU = ["--device", "cpu"]
+SHAPES = [*CPU, "--dataset", "shapes", "--dry-run"]
 LONG = {"matrix": "every script, network, quantizer and bits: an hour",
         "kills": "forty kills at random moments: some minutes"}
 
@@ -38,18 +40,23 @@ draw_shapes = functools.cache(common.draw_shapes)
 
 @pytest.fixture(autouse=True)
 def short(monkeypatch):
-    """Pictures are drawn once. The Hessian and PTQ have tests of their own; no dry run needs all
-    of them."""
+    """Shapes are drawn once. No dry run needs all of the Hessian and of PTQ, which have tests."""
     monkeypatch.setattr(common, "draw_shapes", draw_shapes)
     for name, value in (("PROBES", 2), ("ITERATIONS", 1), ("PTQ_BITS", [(8, 8)])):
         monkeypatch.setattr(flat_quant, name, value)
 
 
+def load(**flags) -> common.Data:
+    """load_data with the defaults of the scripts, but `flags`."""
+    return common.load_data(Namespace(**{
+        "dataset": "shapes", "data_dir": Path("nowhere"), "train_size": None, "val": None,
+        "fp_seed": 0, "pad": 2, "device": "cpu", "dry_run": False} | flags))
+
+
 @pytest.fixture(scope="session")
 def tiny_data() -> common.Data:
     """64 drawn training images, and some 64 for testing."""
-    return common.load_data(Namespace(dataset="shapes", data_dir=None, train_size=None, val=None,
-                                      fp_seed=0, pad=2, device="cpu", dry_run=True))
+    return load(dry_run=True)
 
 
 @pytest.fixture
@@ -65,9 +72,7 @@ def calibrated(tiny_data):
 def parse(monkeypatch, tmp_path):
     """parse("fpq", *flags) -> the args of a dry run on shapes, for `tiny_data`."""
     def arguments(script: str, *flags: str) -> Namespace:
-        monkeypatch.setattr(sys, "argv", [
-            f"{script}.py", "--out", str(tmp_path), "--device", "cpu", "--dataset", "shapes",
-            "--dry-run", *flags])
+        monkeypatch.setattr(sys, "argv", [f"{script}.py", "--out", str(tmp_path), *SHAPES, *flags])
         return importlib.import_module(script).parse_args()
     return arguments
 
@@ -78,8 +83,7 @@ def run(monkeypatch, tmp_path, capsys):
     code .code, the printed .out and .err, and .results: all lines of the results.jsonl that lie
     somewhere in tmp_path, those of earlier runs included."""
     def entered(script: str, *flags: str) -> Namespace:
-        monkeypatch.setattr(sys, "argv", [
-            f"{script}.py", "--out", str(tmp_path), "--device", "cpu", *flags])
+        monkeypatch.setattr(sys, "argv", [f"{script}.py", "--out", str(tmp_path), *CPU, *flags])
         code = 0
         try:
             common.entry(importlib.import_module(script).main)
@@ -97,8 +101,8 @@ class FirstStep(Exception):
 
 
 def first_step(monkeypatch, train, *args) -> list[torch.Tensor | None]:
-    """Run train(*args) up to its first optimizer step: the gradients of all parameters that
-    require one, in the optimizer's order."""
+    """The gradients at the first optimizer step of train(*args), of all parameters that require
+    one, in the optimizer's order."""
     grads = []
 
     def step(optimizer, *_):

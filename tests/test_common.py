@@ -1,433 +1,329 @@
-"""Data, models, flatness, book-keeping and the command line."""
+"""Data, flatness, book-keeping and the command line."""
 
-import gc
-import json
-import signal
-import subprocess
+import copy
+import itertools
+import re
 import sys
-import time
-from pathlib import Path
+from argparse import Namespace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image
+import torchvision
 from torch import nn
+from torch.optim.swa_utils import update_bn
 
 import common
-import fpq
-from conftest import ROOT
+from conftest import SHAPES, draw_shapes, first_step, load
 
-# ------------------------------------------------------------------------------------------ data
-
-
-def test_shapes_are_deterministic_and_balanced():
-    a, b, c = (common.draw_shapes(40, 20, seed) for seed in (0, 0, 1))
-    assert all(torch.equal(x, y) for x, y in zip(a[:4], b[:4])) and not torch.equal(a[0], c[0])
-    assert a[0].dtype == torch.uint8 and a[0].shape == (40, 32, 32, 3)
-    assert torch.cat([a[1], a[3]]).bincount().tolist() == [6] * 10
+exactly = {"rtol": 0, "atol": 0}
 
 
-@pytest.mark.parametrize("kind,inside,outside", [
-    ("disk", (0, 0), (0.7, 0.7)), ("ring", (0.7, 0), (0, 0)), ("square", (0.7, 0.7), (0.8, 0)),
-    ("bar", (0.9, 0.3), (0.3, 0.9)), ("cross", (0.9, 0.2), (0.5, 0.5)),
-    ("triangle", (-0.8, 0), (0.6, 0)), ("hexagon", (0.7, 0), (0.9, 0)),
-    ("star", (0.95, 0), (-0.95, 0)), ("crescent", (-0.6, 0), (0.4, 0)),
-    ("dumbbell", (-0.6, 0.3), (0, 0))])
-def test_every_shape_has_its_inside(kind, inside, outside):
-    distance = [common.SHAPES[kind](np.float64(x), np.float64(y)) for x, y in (inside, outside)]
-    assert distance[0] < 0 < distance[1]
+def test_shapes_are_balanced_and_of_their_seed():
+    x, again, other = (draw_shapes.__wrapped__(train=60, test=40, seed=s) for s in (0, 0, 1))
+    assert torch.equal(x[0], again[0]) and not torch.equal(x[0], other[0])
+    assert x[0].shape == (60, 32, 32, 3) and torch.cat(x[1::2]).bincount().tolist() == [10] * 10
 
 
-def test_augmentation_is_a_window_of_the_black_padded_image(tiny_data):
-    draws = torch.Generator().manual_seed(3)
-    index, corner = torch.arange(20), torch.randint(0, 5, (2, 20), generator=draws)
-    flip = torch.arange(20) % 3 == 0
-    images = tiny_data.augment(index, corner, flip)
-    for i in index:
-        padded = tiny_data.train_padded[i].permute(2, 0, 1)
-        assert padded.shape == (3, 36, 36)
-        assert not padded[:, :2].any() and not padded[:, :, -2:].any()
-        window = padded[:, corner[0, i]:corner[0, i] + 32, corner[1, i]:corner[1, i] + 32]
-        window = window.flip(2) if flip[i] else window
-        expected = (window / 255 - tiny_data.mean[:, None, None]) / tiny_data.std[:, None, None]
-        torch.testing.assert_close(images[i], expected)
+def test_cut_is_a_window_of_the_black_padded_image_and_sample_the_image():
+    data, index = load(train_size=20, pad=3), torch.arange(20)
+    inner = data.train_padded[:, 3:-3, 3:-3]
+    torch.testing.assert_close(data.mean, (inner / 255).mean((0, 1, 2)))
+    torch.testing.assert_close(data.std, (inner / 255).flatten(0, 2).std(0))
+    row, column = torch.randint(-3, 4, (2, 20), generator=torch.Generator().manual_seed(3))
+    images = data.cut(index, row, column, index % 3)
+    for i, padded in enumerate(data.train_padded):
+        assert padded.shape == (38, 38, 3) and padded.sum() == inner[i].sum()
+        window = padded[3 + row[i]:, 3 + column[i]:][:32, :32]
+        expected = data.normalize((window.flip(1) if i % 3 else window)[None])
+        assert torch.equal(images[i], expected[0])
     assert images.is_contiguous(memory_format=torch.channels_last)
-
-
-def test_every_image_has_a_crop_and_a_flip_of_its_own(tiny_data, monkeypatch):
-    seen = []
-    monkeypatch.setattr(common.Data, "augment", lambda self, *drawn: seen.append(drawn))
-    list(tiny_data.batches(16, torch.Generator().manual_seed(0)))
-    index, corner, flip = (torch.cat(parts, dim=-1) for parts in zip(*seen))
-    assert sorted(index.tolist()) == list(range(64)) and not torch.equal(index, torch.arange(64))
-    assert corner.unique().tolist() == [0, 1, 2, 3, 4] and not torch.equal(*corner)
-    assert 10 < flip.sum() < 54
-
-
-def test_mean_and_deviation_are_those_of_all_classes(tmp_path, monkeypatch):
-    dark = torch.zeros(9_000, 32, 32, 3, dtype=torch.uint8)
-    light = torch.full_like(dark, 255)
-    labels = torch.arange(2).repeat_interleave(9_000)  # sorted by class, as folders are
-    images = torch.cat([dark, light])
-    monkeypatch.setattr(common, "read_folder", lambda _: (images, labels, images, labels, 2))
-    data = common.load_data("folder", tmp_path)
-    assert data.mean.tolist() == pytest.approx([0.5] * 3, abs=1e-3)
-    assert data.std.tolist() == pytest.approx([0.5] * 3, abs=1e-3)
-    few = common.load_data("folder", tmp_path, dry_run=True)
-    assert few.train_labels.bincount().min() > 30
+    few, labels = data.sample(5)
+    found = [index[(data.normalize(inner) == x).flatten(1).all(1)].item() for x in few]
+    assert len(few) == 5 and found != sorted(found)
+    assert torch.equal(labels, data.train_labels[found])
 
 
 def test_batches_cover_an_epoch_once_and_depend_on_the_seed_only(tiny_data):
-    def epoch(seed):
-        return list(tiny_data.batches(16, torch.Generator().manual_seed(seed)))
+    def epoch(seed, *views, size=16):
+        return list(tiny_data.batches(size, torch.Generator().manual_seed(seed), views))
 
-    labels = torch.cat([y for _, y in epoch(0)])
-    assert torch.equal(labels.bincount(), tiny_data.train_labels.bincount())
-    assert all(torch.equal(a, b) for x, y in zip(epoch(0), epoch(0)) for a, b in zip(x, y))
-    assert not torch.equal(epoch(0)[0][0], epoch(1)[0][0])
-    assert [len(y) for _, y in tiny_data.batches(24, torch.Generator())] == [24, 24]  # no rump
-    assert [len(y) for _, y in tiny_data.batches(999, torch.Generator())] == [64]
-
-
-def test_balanced_subset():
-    labels = torch.tensor([0] * 50 + [1] * 30 + [2] * 5)
-    picked = common.balanced_subset(labels, 35, seed=0)
-    assert labels[picked].bincount().tolist() == [15, 15, 5] and len(picked.unique()) == 35
-    assert not torch.equal(picked, common.balanced_subset(labels, 35, seed=1))
+    one, two = epoch(0, "crop+flip"), epoch(0, "crop+flip", "crop+flip")
+    assert torch.equal(torch.cat([y for _, y in one]).bincount(), tiny_data.train_labels.bincount())
+    for (x, y), (first, second, again) in zip(one, two, strict=True):
+        assert torch.equal(x, first) and torch.equal(y, again) and not torch.equal(x, second)
+    assert not torch.equal(one[0][0], epoch(1, "crop+flip")[0][0])
+    assert [len(y) for _, y in epoch(0, "none", size=24)] == [24, 24]  # and 16 left out
+    assert [len(y) for _, y in epoch(0, "none", size=999)] == [64]
 
 
-def write_folder(root: Path, classes=("cat", "dog"), parts=("train", "test")) -> Path:
-    for part in parts:
-        for i, name in enumerate(classes):
-            (root / part / name).mkdir(parents=True)
-            for j, mode in enumerate(("RGB", "L", "RGBA")):
-                size = (32, 32) if j == 0 else (20 + 30 * j, 40)
-                Image.new(mode, size, 80 * i if mode == "L" else (80 * i,) * len(mode)).save(
-                    root / part / name / f"{j}.png")
-    return root
+def test_val_holds_out_balanced_images_by_fp_seed_and_reads_no_test_image(run, monkeypatch):
+    x, y, *_ = common.draw_shapes()
+    monkeypatch.setattr(common, "draw_shapes", lambda *_: (x, y, None, None))
+    data, again, other = (load(val=50, **flags) for flags in (
+        {"train_size": 99}, {}, {"train_size": 99, "fp_seed": 1}))
+    held, trained = ({image.numpy().tobytes() for image in images} for images in (
+        data.test_images, data.train_padded[:, 2:-2, 2:-2]))
+    assert len(held) == 50 and len(trained) == 99 and not held & trained
+    assert data.test_labels.bincount().tolist() == [5] * 10
+    assert torch.equal(data.test_images, again.test_images)
+    assert not torch.equal(data.test_images, other.test_images)
+    assert len({data.fingerprint, again.fingerprint, other.fingerprint}) == 3
+    result = run("fpq", *SHAPES, "--val", "300", "--method", "baseline")
+    assert [r["split"] for r in result.results] == ["val", "val"]
+    assert "val accuracy" in result.out and "test" not in result.out
 
 
-def test_folder_reads_any_size_and_mode(tmp_path):
-    data = common.load_data("folder", write_folder(tmp_path))
-    images = data.train_padded[:, 2:-2, 2:-2]
-    assert images.shape == (6, 32, 32, 3) and data.classes == 2
-    assert data.train_labels.tolist() == data.test_labels.tolist() == [0, 0, 0, 1, 1, 1]
-    assert images[:3].max() == 0 and (images[3:] == 80).all()
+def test_split_is_as_balanced_as_the_classes_allow():
+    y = torch.arange(3).repeat_interleave(torch.tensor([50, 30, 5]))
+    picked, labels, others, _ = common.split(torch.arange(85), y, 35, 0, "--val")
+    assert labels.bincount().tolist() == [15, 15, 5] and torch.equal(y[picked], labels)
+    assert len({*picked.tolist(), *others.tolist()}) == 85
+    for size in (2, 85):
+        with pytest.raises(common.UsageError, match=f"--val {size} should be from 3, .* to 84"):
+            common.split(y, y, size, 0, "--val")
 
 
-def damage(root: Path, how: str) -> None:
-    if how == "no test":
-        (root / "test").rename(root / "tset")
-    elif how == "empty class":
-        (root / "train" / "eel").mkdir()
-    elif how == "corrupt":
-        (root / "train" / "cat" / "0.png").write_bytes(b"no image")
-    elif how == "other classes":
-        (root / "test" / "dog").rename(root / "test" / "fox")
+def test_cifar_is_read_where_it_lies_and_only_auto_does_without(monkeypatch, capsys):
+    def read(root, train, download):
+        targets = [0, 1, 2] * (2 if train else 1)
+        return Namespace(targets=targets, data=np.full((len(targets), 32, 32, 3), 7, np.uint8))
 
-
-@pytest.mark.parametrize("how,says", [("no test", "test/<class>"), ("empty class", "eel"),
-                                      ("corrupt", "0.png"), ("other classes", "same classes")])
-def test_unusable_folders_are_named(tmp_path, how, says):
-    damage(write_folder(tmp_path), how)
-    with pytest.raises(common.UsageError, match=says):
-        common.load_data("folder", tmp_path)
-
-
-def test_auto_falls_back_to_shapes_aloud_and_cifar10_never_does(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(common, "reachable", lambda url: False)
-    assert common.load_data("auto", tmp_path, dry_run=True).name == "shapes"
-    assert "'shapes' instead" in capsys.readouterr().err
-    with pytest.raises(common.UsageError, match="cannot be reached"):
-        common.load_data("cifar10", tmp_path)
-
-
-def test_reachable_gives_up_in_time():
-    started = time.monotonic()
-    assert not common.reachable("http://192.0.2.1/", seconds=0.5)  # an address that never answers
-    assert time.monotonic() - started < 2
-
-
-def test_cifar10_and_fashion_mnist_are_read_where_they_lie(tmp_path, monkeypatch):
-    class Fake:
-        url, mirrors, classes = "http://x/", ["http://x/"], list("abc")
-
-        def __init__(self, root, train, download=False):
-            n = 6 if train else 3
-            self.data = self.pixels(n)
-            self.targets = [i % 3 for i in range(n)]
-
-    datasets = common.import_torchvision().datasets
-    monkeypatch.setattr(datasets, "CIFAR10", type("C", (Fake,), {
-        "pixels": lambda self, n: np.full((n, 3, 32, 32), 7, np.uint8).transpose(0, 2, 3, 1)}))
-    monkeypatch.setattr(datasets, "FashionMNIST", type("M", (Fake,), {
-        "pixels": lambda self, n: torch.full((n, 28, 28), 7, dtype=torch.uint8)}))
-    cifar = common.load_data("cifar10", tmp_path, train_size=3)
-    assert sorted(cifar.train_labels.tolist()) == [0, 1, 2]
-    assert cifar.mean[0].item() == pytest.approx(0.4914)
-    for error in (ValueError, AssertionError, EOFError):
-        def broken(*_, error=error):
-            raise error("of a file cut short")
-        monkeypatch.setattr(datasets, "CIFAR100", broken)
-        monkeypatch.setattr(broken, "url", "http://x/", raising=False)
-        with pytest.raises(common.UsageError, match="is damaged .of a file cut short"):
-            common.load_data("cifar100", tmp_path)
-    grey = common.load_data("fashion_mnist", tmp_path)
-    image = grey.train_padded[0, 2:-2, 2:-2, 0]
-    assert image.shape == (32, 32) and (image[2:-2, 2:-2] == 7).all() and image.sum() == 7 * 28 * 28
-
-
-# -------------------------------------------------------------------------------- models, flatness
-
-
-def small_problem(quantized: bool):
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3))
-    x, y = torch.randn(20, 4, dtype=torch.float64), torch.arange(20) % 3
-    model.double()
-    if quantized:
-        model = common.quantize(model, 3, 3, example=x)
-        common.calibrate(model, x)
-    params = [layer.weight for layer in common.product_layers(model).values()]
-    return lambda: F.cross_entropy(model(x), y), params
-
-
-def exact_hessian(loss_fn, params):
-    grads = torch.autograd.grad(loss_fn(), params, create_graph=True)
-    flat = torch.cat([g.flatten() for g in grads])
-    rows = [torch.autograd.grad(g, params, retain_graph=True) for g in flat]
-    return torch.stack([torch.cat([r.flatten() for r in row]) for row in rows])
+    monkeypatch.setattr(torchvision.datasets, "CIFAR10", read)
+    data = load(dataset="auto")
+    assert (data.name, data.classes, data.split, len(data.test_labels)) == ("cifar10", 3, "test", 3)
+    assert (data.train_padded[:, 2:-2, 2:-2] == 7).all()
+    monkeypatch.setattr(torchvision.datasets, "CIFAR10", lambda *_, **__: 1 / 0)
+    assert load(dataset="auto").name == "shapes" and "'shapes' instead" in capsys.readouterr().err
+    with pytest.raises(common.UsageError, match="cifar10 is not in nowhere .* .division by zero"):
+        load(dataset="cifar10")
 
 
 @pytest.mark.parametrize("quantized", [False, True])
 def test_hessian_trace_and_top_eigenvalue_match_the_exact_hessian(quantized):
-    loss_fn, params = small_problem(quantized)
-    hessian = exact_hessian(loss_fn, params)
-    torch.testing.assert_close(hessian, hessian.T, rtol=1e-8, atol=1e-10)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+    x, y = torch.randn(20, 4, dtype=torch.float64), torch.arange(20) % 3
+    if quantized:
+        model = common.quantize(model, 3, 3, example=x)
+        common.calibrate(model, x)
+    params = [layer.weight for layer in common.weight_layers(model).values()]
+    loss_fn = lambda: F.cross_entropy(model(x), y)  # noqa: E731
+    grads = torch.autograd.grad(loss_fn(), params, create_graph=True)
+    rows = [torch.autograd.grad(g, params, retain_graph=True)
+            for g in torch.cat([g.flatten() for g in grads])]
+    hessian = torch.stack([torch.cat([r.flatten() for r in row]) for row in rows])
     rng = torch.Generator().manual_seed(0)
     mean, error = common.hessian_trace(loss_fn, params, 400, rng)
-    variance = 2 * (hessian.square().sum() - hessian.diag().square().sum())  # of v.Hv, v of signs
+    variance = 2 * (hessian - hessian.diag().diag()).square().sum()  # of v.Hv, v of signs
     assert error == pytest.approx((variance / 400).sqrt().item(), rel=0.2)
     assert abs(mean - hessian.trace().item()) < 3 * error
-    eigenvalues = torch.linalg.eigvalsh(hessian)
-    top = eigenvalues[eigenvalues.abs().argmax()].item()
+    top = max(torch.linalg.eigvalsh(hessian).tolist(), key=abs)
     assert common.hessian_top_eigenvalue(loss_fn, params, 300, rng) == pytest.approx(top, rel=1e-4)
+    assert all(p.grad is None for p in params)
 
 
-def test_hessian_leaves_no_graph_and_no_gradient():
-    loss_fn, params = small_problem(True)
-
-    def tensors():
-        gc.collect()
-        return sum(torch.is_tensor(o) for o in gc.get_objects())
-
-    common.hessian_trace(loss_fn, params, 2)
-    before = tensors()
-    common.hessian_trace(loss_fn, params, 5)
-    common.hessian_top_eigenvalue(loss_fn, params, 5)
-    assert tensors() <= before and all(p.grad is None for p in params)
+def test_sharpness_is_of_the_weights_in_eval_mode(calibrated, tiny_data):
+    found = common.sharpness(calibrated.train(), tiny_data, probes=2, iters=1)
+    assert calibrated.training and len(found) == 3
+    images, labels = tiny_data.sample(64)
+    weights = [layer.weight for layer in common.weight_layers(calibrated.eval()).values()]
+    expected = common.hessian_trace(lambda: F.cross_entropy(calibrated(images), labels), weights,
+                                    2, torch.Generator().manual_seed(0))
+    assert found[:2] == pytest.approx(expected, rel=1e-4)
 
 
 def test_evaluate_counts_every_test_image_and_keeps_the_mode(tiny_data):
     class Constant(nn.Module):
         def forward(self, x):
-            return torch.eye(10)[torch.full((len(x),), 3)]
+            return torch.eye(10)[torch.full((len(x),), 3 + self.training)]
 
-    accuracy, loss = common.evaluate(Constant().train(), tiny_data, batch_size=50)  # 50 + 14
-    share = (tiny_data.test_labels == 3).float().mean().item()
-    assert accuracy == pytest.approx(100 * share)
-    assert loss == pytest.approx(np.log(9 + np.e) - share, rel=1e-5)
-
-
-# --------------------------------------------------------------------- book-keeping, command line
+    model, share = Constant(), (tiny_data.test_labels == 3).float().mean().item()
+    assert common.evaluate(model, tiny_data, batch_size=50) == pytest.approx(  # 50 + 17
+        (100 * share, np.log(9 + np.e) - share), rel=1e-5)
+    assert model.training
 
 
-def test_cosine_lr():
-    assert common.cosine_lr(0, 100, 2.0) == 2
-    assert common.cosine_lr(50, 100, 2.0) == pytest.approx(1)
-    assert common.cosine_lr(100, 100, 2.0) == pytest.approx(0)
-    rising = [common.cosine_lr(i, 100, 2.0, warmup=0.2) for i in range(21)]
-    assert common.cosine_lr(60, 100, 2.0, warmup=0.2) == pytest.approx(1)  # half of what is left
-    assert rising == sorted(rising) and rising[0] == pytest.approx(2 / 21) and rising[20] == 2
+def linear_run(args, data, seed=0, **options) -> common.Run:
+    """A run of three epochs; its learning rate peaks at 0.5."""
+    model = nn.Sequential(nn.Flatten(), nn.Linear(3072, 10))
+    return common.Run(args, data, "x", seed, 3, model=model, optimizer=common.sgd(model, 0.5, 0),
+                      **options)
 
 
-def test_result_table_has_mean_deviation_and_difference():
-    def row(method, acc, seed):
-        return {"method": method, "test_acc": acc, "test_loss": 1.0, "seed": seed, "wbits": 2,
-                "quantizer": "lsq", "abits": 2, "epochs": 3, "seconds_per_epoch": 1.0,
-                "dataset": "d", "model": "m", "train_size": 9}
+def test_run_follows_the_schedule_and_keeps_means_and_notes(parse, tiny_data):
+    run, rates, times = linear_run(parse("fpq"), tiny_data, warmup=0.5), [], []
+    for epoch in run.epochs():
+        for i, _ in enumerate(run.batches()):
+            rates.append(run.parts["optimizer"].param_groups[1]["lr"])
+            times.append(run.time)
+            run.log(loss=torch.tensor(float(epoch + i)))
+        run.note(noted=-epoch)
+    assert rates == pytest.approx([0.125, 0.25, 0.375, 0.5, 0.375, 0.125])  # a rise, then a cosine
+    assert times == [0, 0.5, 1, 1.5, 2, 2.5]
+    acc, loss = common.evaluate(run.parts["model"], tiny_data)
+    for i, row in enumerate(run.history):
+        del row["seconds"]
+        assert row == {"epoch": i + 1, "loss": i + 0.5, "noted": -i, "eval_loss": loss, "acc": acc}
+    assert common.cosine_lr(25, 100, 2.0) == pytest.approx(1 + 0.5**0.5)
 
-    rows = [row("lsq", 80.0, 0), row("lsq", 82.0, 1), row("fpq", 83.5, 0)]
-    table = common.result_table(rows, "lsq")
-    assert "81.00 ± 1.41" in table and "+2.50" in table and "9 training images" in table
 
+def test_random_numbers_differ_by_purpose_stage_seed_and_epoch(parse, tiny_data, monkeypatch):
+    batches, seeds = common.Data.batches, []
 
-def test_run_follows_the_schedule_and_draws_anew_each_epoch_and_seed(
-        tiny_data, tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["fpq.py", "--dataset", "shapes", "--out", str(tmp_path)])
-    args = fpq.parse_args()
-    args.batch_size = 32
+    def spy(self, size, draws, views):
+        seeds.extend([torch.initial_seed(), draws.initial_seed()])
+        return batches(self, size, draws, views)
 
-    def follow(seed, **options):
-        model = nn.Sequential(nn.Flatten(), nn.Linear(3072, 10))
-        optimizer = common.sgd(model, 9.0, 0)
-        run = common.Run(args, tiny_data, model, optimizer, "x", seed, 3, 0.5, **options)
-        rates, first_labels, noise = [], [], []
+    monkeypatch.setattr(common.Data, "batches", spy)
+    for seed, shared in ((0, False), (0, True), (1, False), (1, True), (0, False)):
+        run = linear_run(parse("fpq"), tiny_data, seed, shared=shared)
         for _ in run.epochs():
-            noise.append(torch.rand(()).item())
-            for i, (images, labels) in enumerate(run.batches()):
-                rates.append(run.optimizer.param_groups[0]["lr"])
-                first_labels += [labels.tolist()] if i == 0 else []
-                run.log(loss=images.mean())
-        return rates, first_labels, noise
-
-    rates, labels, noise = follow(0, warmup=0.5)
-    assert rates == [common.cosine_lr(i, 6, 0.5, 0.5) for i in range(6)]
-    again, other = follow(0), follow(1)
-    assert again[1:] == (labels, noise)
-    everything = labels + other[1]
-    assert all(a != b for i, a in enumerate(everything) for b in everything[:i])
-    assert len(set(noise + other[2])) == 6
+            for _ in run.batches():
+                run.log(loss=torch.zeros(()))
+    assert len(set(seeds)) == 24 and seeds[24:] == seeds[:6]
+    assert max(seeds) < 2**32  # the CPU's generator drops higher bits
 
 
-SHORT = ["--dataset", "shapes", "--train-size", "128", "--batch-size", "64", "--fp-epochs", "1",
-         "--epochs", "2", "--method", "fpq", "--p", "0.5"]
+@pytest.mark.parametrize("terminal", [True, False])
+def test_progress_is_for_a_terminal_only(terminal, parse, tiny_data, capsys, monkeypatch):
+    """Once a second: step, mean loss so far, time left."""
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)
+    clock = itertools.count()
+    monkeypatch.setattr(common.time, "perf_counter", lambda: 0.6 * next(clock))
+    run = linear_run(parse("fpq", "--batch-size", "16"), tiny_data)
+    for _ in run.epochs():
+        for i, _ in enumerate(run.batches()):
+            run.log(loss=torch.tensor(i + 1.0))
+    *steps, row = re.split(" *\r", capsys.readouterr().out.split("\n")[0])
+    shown = ["step 2/4  loss 1.5000  1 s left", "step 4/4  loss 2.5000  0 s left"]
+    assert steps == (shown if terminal else [])
+    assert row.startswith("x         seed 0  epoch   1/3  loss 2.5000  test loss")
+    assert row.endswith("3.0 s  left 0:06")
 
 
-def test_resume_is_bit_identical_and_a_finished_run_does_nothing(monkeypatch, capsys, tmp_path):
-    def run(*flags):
-        """(exit code, stdout, stderr) of fpq.py with SHORT and flags, in this process."""
-        monkeypatch.setattr(sys, "argv", ["fpq.py", "--out", str(tmp_path), *SHORT, *flags])
-        code = 0
-        try:
-            common.entry(fpq.main)
-        except SystemExit as stop:
-            code = stop.code
-        return code, *capsys.readouterr()
+@pytest.mark.parametrize("script,augment,pad,more", [
+    ("fpq", "none", 2, ""), ("cr_qat", "flip", 5, "--controls"), ("mec_quant", "crop+flip", 1, ""),
+    ("flat_quant", "crop+flip", 0, "--method sgd")])
+def test_augmentation_and_batch_norm_of_all_results(script, augment, pad, more, run, monkeypatch):
+    """--augment and --pad in full precision, methods and the pass that precedes a result. Whatever
+    training left in batch norm, its statistics are then those of that one pass."""
+    cut, finish, drawn, finished = common.Data.cut, common.Run.finish, [], set()
 
-    assert run()[0] == 0
-    checkpoint, results = next(tmp_path.glob("fpq-*.pt")), tmp_path / "results.jsonl"
-    whole = torch.load(checkpoint, weights_only=True)
-    line = json.loads(results.read_text().splitlines()[-1])
-    assert line["dataset"] == "shapes" and line["epochs"] == 2
-    assert line["wbits"] == line["abits"] == 2
-    assert line["test_acc"] == whole["history"][-1]["test_acc"] and "--p 0.5" in line["command"]
+    def spoil_and_finish(self, model=None, **row):
+        network = model or self.parts["model"]
+        expected = copy.deepcopy(network).train()
+        for m in network.modules():
+            if isinstance(m, nn.BatchNorm2d):
+                m.running_mean.fill_(3)
+        result = finish(self, model, **row)
+        draws = torch.Generator().manual_seed(common.random_stream("batch norm"))
+        update_bn((x for x, _ in self.data.batches(32, draws, (augment,))), expected)
+        torch.testing.assert_close(network.state_dict(), expected.state_dict(), **exactly)
+        assert (result["acc"], result["loss"]) == common.evaluate(expected, self.data)
+        finished.add(result["method"])
+        return result
 
-    save = common.Run.save
-    with monkeypatch.context() as patch:
-        def save_once(run):
-            save(run)
-            if run.method == "fpq":
-                raise KeyboardInterrupt
-        patch.setattr(common.Run, "save", save_once)
-        code, _, err = run()
-        assert code == 130 and "--resume" in err
-    assert len(torch.load(checkpoint, weights_only=True)["history"]) == 1
-    assert run("--resume")[0] == 0
-    resumed = torch.load(checkpoint, weights_only=True)
-    assert all(torch.equal(v, resumed["model"][k]) for k, v in whole["model"].items())
-    for a, b in zip(whole["history"], resumed["history"], strict=True):
-        assert a | {"seconds": 0} == b | {"seconds": 0}
-
-    lines = results.read_text()
-    results.write_text("".join(lines.splitlines(True)[:-1]))  # as a kill before the line is written
-    for _ in range(2):
-        code, out, _ = run("--resume")
-        assert code == 0 and "fpq   seed 0  already trained" in out and results.read_text() == lines
-    code, _, err = run("--resume", "--lr", "0.5")  # another run, beside the first
-    assert code == 0 and "was made by another command; starting afresh for this one" in err
-    assert len(list(tmp_path.glob("fpq-*.pt"))) == 2 and len(list(tmp_path.glob("fp-*.pt"))) == 1
-    checkpoint.write_bytes(checkpoint.read_bytes()[:1000])
-    code, _, err = run("--resume")
-    assert code == 2 and "is damaged" in err and len(err.strip().splitlines()) == 1
-    assert not list(tmp_path.glob("*.part"))
+    monkeypatch.setattr(common.Run, "finish", spoil_and_finish)
+    monkeypatch.setattr(common.Data, "cut", lambda *args: drawn.append(args) or cut(*args))
+    result = run(script, *SHAPES, "--augment", augment, "--pad", str(pad), *more.split())
+    assert result.code == 0 and {r["method"] for r in result.results} == finished
+    for _, _, row, column, mirrored in drawn:
+        moves = [*range(-pad, pad + 1)] if "crop" in augment else [0]
+        assert row.unique().tolist() == column.unique().tolist() == moves
+        assert len(moves) == 1 or not torch.equal(row, column)
+        assert mirrored.unique().tolist() == ([0, 1] if "flip" in augment else [0])
 
 
-def test_full_precision_is_trained_once_and_never_mistaken(
-        monkeypatch, tmp_path, capsys, tiny_data):
-    monkeypatch.setattr(sys, "argv", ["fpq.py", "--dataset", "shapes", "--out", str(tmp_path),
-                                      "--fp-epochs", "1"])
-    args = fpq.parse_args()
+def test_a_checkpoint_has_a_name_of_its_own_for_all_that_shapes_it(parse, tiny_data):
+    def name(shared, data=tiny_data, seed=0, **changed):
+        changed = Namespace(**vars(args) | changed)
+        return linear_run(changed, data, seed, shared=shared).path.name
+
+    full_precision = "model depth augment pad batch_size fp_epochs fp_lr fp_seed fp_weight_decay"
+    not_shaping = ("data_dir dataset train_size val device recipe bits method command resume "
+                   "dry_run tf32 deterministic ablate diagnose controls")
+    args = parse("cr_qat")
+    for flag in vars(args).keys() - {"out", "seed"}:
+        value = getattr(args, flag)
+        other = {flag: not value if isinstance(value, bool) else f"{value}x"}
+        assert (name(True, **other) != name(True)) == (flag in full_precision.split()), flag
+        assert (name(False, **other) == name(False)) == (flag in not_shaping.split()), flag
+    for shared in (False, True):
+        assert name(shared, seed=1) != name(shared) != name(shared, data=load(train_size=64))
+
+
+def test_full_precision_is_trained_on_cross_entropy_once(parse, tiny_data, monkeypatch):
+    args, stream = parse("fpq", "--fp-seed", "1"), common.random_stream
+    grads = first_step(monkeypatch, common.full_precision, args, tiny_data)
+    torch.manual_seed(stream("weights", 1))
+    model = common.build_model("resnet8", 10)
+    draws = torch.Generator().manual_seed(stream("full precision", "batches", 1, 0))
+    images, labels = next(tiny_data.batches(32, draws))
+    F.cross_entropy(model(images), labels).backward()
+    torch.testing.assert_close(grads, [p.grad for p in model.parameters()])
     network, result = common.full_precision(args, tiny_data)
-    again, same = common.full_precision(args, tiny_data)
-    assert "already trained" in capsys.readouterr().out and same == result and not again.training
-    assert all(torch.equal(v, again.state_dict()[k]) for k, v in network.state_dict().items())
-    assert len((tmp_path / "results.jsonl").read_text().splitlines()) == 1
-    (file,) = tmp_path.glob("fp-*.pt")
-
-    other_data = common.load_data("shapes", tmp_path, train_size=64)
-    assert other_data.fingerprint != tiny_data.fingerprint
-    for change in ({"fp_seed": 1}, {"fp_epochs": 2}, {"batch_size": 32}, {"data": other_data}):
-        data = change.pop("data", tiny_data)
-        before = set(tmp_path.glob("fp-*.pt"))
-        common.full_precision(type(args)(**(vars(args) | change)), data)
-        assert len(set(tmp_path.glob("fp-*.pt")) - before) == 1
-
-    state = torch.load(file, weights_only=True)
-    state["header"]["model"] = "resnet20"
-    torch.save(state, file)
-    with pytest.raises(common.UsageError, match="with model resnet20, this command says resnet8"):
-        common.full_precision(args, tiny_data)
+    again, same = common.full_precision(parse("mec_quant", "--fp-seed", "1"), tiny_data)
+    assert same == result and not again.training  # as result holds the time it took
+    torch.testing.assert_close(network.state_dict(), again.state_dict(), **exactly)
+    assert (args.out / "results.jsonl").read_text().count("\n") == 1
 
 
-def in_process(monkeypatch, capsys, *flags):
-    monkeypatch.setattr(sys, "argv", ["fpq.py", *flags])
-    with pytest.raises(SystemExit) as stop:
-        common.entry(fpq.main)
-    return stop.value.code, capsys.readouterr().err
+def test_fp_seed_same_trains_a_full_precision_network_for_each_seed(run):
+    each = run("fpq", *SHAPES, "--train-size", "640", "--seed", "2", "1", "2",
+               "--method", "baseline", "--fp-seed", "same")
+    assert [(r["method"], r["seed"], r["fp_seed"]) for r in each.results] == [
+        ("fp", 2, 2), ("baseline", 2, 2), ("fp", 1, 1), ("baseline", 1, 1)]
+    data = [r["data"] for r in each.results]  # the subset is the seed's, too
+    assert data[0] == data[1] != data[2] and "one full-precision network" not in each.out
 
 
-@pytest.mark.parametrize("flags,says", [
-    (["--bits", "0"], "'0' should be a whole number from 2 to 8"),
-    (["--bits", "33"], "'33' should be"), (["--bits", "two"], "'two' should be"),
-    (["--p", "2"], "'2' should be a number from 0 to 1"), (["--p", "nan"], "'nan' should be"),
-    (["--lr", "0"], "'0' should be"), (["--epochs", "1.5"], "'1.5' should be"),
-    (["--model", "resnet9"], "invalid choice: 'resnet9'"),
-    (["--seed", "1", "1"], "names a seed twice"), (["--device", "abacus"], "--device abacus"),
-    (["--train-size", "3201", "--dataset", "shapes"], "--train-size 3201 should be from 10"),
-    (["--train-size", "9", "--dataset", "shapes"], "to 3200"),
-    (["--dataset", "folder", "--data-dir", "/nowhere"], "should hold train/<class>"),
-    (["--out", "/proc/x"], "/proc/x"), (["--frobnicate"], "unrecognized")])
-def test_bad_arguments_end_in_one_line_and_exit_code_2(monkeypatch, capsys, tmp_path, flags, says):
-    code, err = in_process(monkeypatch, capsys, "--out", str(tmp_path), *flags)
-    assert code == 2 and says in err and len(err.strip().splitlines()) == 1
+def test_result_table_pairs_seeds():
+    """Mean ± standard error, and the difference to the baseline of the same seed."""
+    def row(method, acc, seed, bits=2):
+        return {"method": method, "acc": acc, "seed": seed, "wbits": bits, "abits": bits,
+                "quantizer": "pact", "seconds_per_epoch": 1.0, "dataset": "d", "model": "m",
+                "train_size": 9, "augment": "flip", "split": "val", "fp_seed": 0}
+
+    rows = [row("fp", 70.0, 0, 32), row("baseline", 80.0, 0), row("baseline", 82.0, 1),
+            row("fpq", 83.0, 1), row("fpq", 80.5, 0), row("fpq", 90.0, 2), row("fpq", 99.0, 0, 4)]
+    _, title, _, *lines, note = common.result_table(rows).split("\n")
+    assert title == ("d, 9 training images, m, quantizer pact, augment flip; val accuracy after "
+                     "the last epoch") and note.startswith("± is over seeds of one full-precision")
+    assert [re.split("  +", line) for line in lines] == [
+        ["fp", "32/32", "70.00", "1.0", "1"],
+        ["baseline", "2/2", "81.00 ± 1.00", "1.0", "2"],
+        ["fpq", "2/2", "84.50 ± 2.84", "+0.75 ± 0.25", "1.0", "3"],
+        ["fpq", "4/4", "99.00", "1.0", "1"]]
 
 
-def test_divergence_stops_with_exit_code_3_and_keeps_the_last_good_checkpoint(
-        monkeypatch, capsys, tmp_path):
-    losses = []
-
-    def diverging(*logits):
-        losses.append(torch.tensor(0.0 if len(losses) < 5 else float("inf")))
-        return losses[-1]
-
-    monkeypatch.setattr(fpq, "kd_loss", diverging)
-    code, err = in_process(monkeypatch, capsys, "--out", str(tmp_path), "--dataset", "shapes",
-                           "--train-size", "64", "--batch-size", "16", "--fp-epochs", "1",
-                           "--epochs", "3", "--method", "lsq", "kd")
-    assert code == 3 and len(err.strip().splitlines()) == 1
-    rate = f"{common.cosine_lr(5, 12, 0.02):.3g}"
-    assert f"not finite from step 2 of epoch 2 on, learning rate {rate}; try a smaller --lr" in err
-    (file,) = tmp_path.glob("fpq-kd-resnet8-shapes-w2a2-s0-*.pt")
-    kept = torch.load(file, weights_only=True)
-    assert len(kept["history"]) == 1 and all(v.isfinite().all() for v in kept["model"].values())
-    methods = [json.loads(x)["method"] for x in (tmp_path / "results.jsonl").open()]
-    assert methods == ["fp", "lsq"]
+@pytest.mark.parametrize("script", ["fpq", "cr_qat", "mec_quant", "flat_quant"])
+def test_help_groups_the_flags(script, run):
+    _, *parts = re.split(r"^(\w+):\n", run(script, "--help").out, flags=re.M)
+    groups = dict(zip(parts[::2], parts[1::2]))
+    for title, flag in (("data", "--val VAL"), ("network", "--wbits"), ("training", "--fp-seed"),
+                        ("output", "--tf32"), ("method", "--method"), ("options", "-h, --help")):
+        text = groups.pop(title)
+        assert flag in text and "(None)" not in text
+    assert not groups and text.count("--") == 1  # all others have a group
 
 
-def test_ctrl_c_ends_in_one_line_and_exit_code_130(tmp_path):
-    process = subprocess.Popen(
-        [sys.executable, str(ROOT / "fpq.py"), "--dataset", "shapes", "--out", str(tmp_path)],
-        text=True, stderr=subprocess.PIPE, stdout=subprocess.PIPE,
-        # A background shell has its children ignore Ctrl-C.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
-    try:
-        assert "epoch   1/15" in process.stdout.readline()
-        process.send_signal(signal.SIGINT)
-        _, err = process.communicate(timeout=30)
-    finally:
-        process.kill()
-    assert process.returncode == 130 and "Traceback" not in err
-    assert len(err.strip().splitlines()) <= 1
+def test_recipe_sets_what_no_flag_does_and_bits_win(parse, capsys):
+    for script, flags, *expected in (
+            ("flat_quant", "--recipe paper --batch-size 16", 2, 4, 16, [0]),
+            ("flat_quant", "--recipe paper --bits 3", 3, 3, 32, [0]),
+            ("mec_quant", "--bits 3 --abits 1 --seed 4 4", 3, 1, 32, [4])):
+        args = parse(script, *flags.split())
+        assert [args.wbits, args.abits, args.batch_size, args.seed] == expected
+    assert "--recipe paper: --model resnet18" in capsys.readouterr().out
+
+
+def test_out_of_memory_is_one_line_and_a_bug_a_traceback(capsys):
+    def main():
+        raise RuntimeError(text)
+
+    for text, error in (("a bug", RuntimeError), ("can't allocate memory", SystemExit)):
+        with pytest.raises(error, match="a bug|2"):
+            common.entry(main)
+    assert "smaller --batch-size" in capsys.readouterr().err
