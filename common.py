@@ -54,8 +54,8 @@ def fake_quantize_definition(x: Tensor, step_size: Tensor, zero_point: float, qm
 
         x_hat = (clip(round(x/s) + z, q_min, q_max) - z) * s
 
-    Values are rounded to a grid of 2^bits levels but stay floats. Rounding has gradient 0 almost
-    everywhere; the straight-through estimator (STE) replaces it by 1.
+    Values are rounded to a grid of 2^bits levels, q_min to q_max, but stay floats. z is whole.
+    Rounding has gradient 0 almost everywhere; the straight-through estimator (STE) makes it 1.
     """
     v = torch.clamp(x / step_size, qmin - zero_point, qmax - zero_point)
     v = v + (v.round() - v).detach()  # forward: round(v); backward: the gradient of v
@@ -66,12 +66,13 @@ def fake_quantize(x: Tensor, step_size: Tensor, zero_point: Tensor | float, qmin
                   grad_scale: float = 1.0) -> Tensor:
     """The same in fewer passes over memory, twice differentiable.
 
-        dx_hat/dx = 1 if q_min < x/s + z < q_max else 0
-        dx_hat/ds = round(v) - v inside, Qn below, Qp above;  v = x/s, Qn = q_min-z, Qp = q_max-z
+        dx_hat/dx = 1 if q_min < x/s + z < q_max else 0             compares x/s, not round(x/s)
+        dx_hat/ds = (x_hat - x)/s inside, q_min - z below, q_max - z above
 
-    step_size > 0 (learned) and zero_point (fixed) broadcast against x; grad_scale multiplies dL/ds.
-    The mask is on the value before rounding. A zero_point that is a number must be whole; it moves
-    into the bounds, which saves three passes: clip(n + z, a, b) - z = clip(n, a - z, b - z).
+    step_size > 0 (learned) and zero_point (fixed) broadcast against x; dL/ds is summed over all
+    elements that share s, and multiplied by grad_scale. A zero_point tensor may be 1/2: the levels
+    are then -s/2 and s/2 at one bit. A number must be whole; it moves into the bounds, which saves
+    three passes: clip(n + z, a, b) - z = clip(n, a - z, b - z).
     """
     if not isinstance(zero_point, Tensor):
         qmin, qmax, zero_point = qmin - zero_point, qmax - zero_point, None
@@ -135,8 +136,9 @@ class Quantizer(nn.Module):
 
     bits: 1 to 8; levels are 0 to qmax = 2^bits - 1. step_size is NaN until `initialize`; only its
     magnitude counts, so it may cross zero. A one-bit weight (with `channels`) has z = 1/2, so it is
-    -s/2 or s/2 [choice]; a one-bit activation is 0 or s. Step sizes of 8 bits stay as calibrated
-    [choice]: LSQ's gradient scale suits few bits and makes these grow until few levels are used.
+    -s/2 or s/2 [choice]; a one-bit activation is 0 or s (-s or 0 where data are mostly negative).
+    Step sizes of 8 bits stay as calibrated [choice]: LSQ's gradient scale suits few bits and makes
+    these grow until few levels are used.
     """
 
     decays = False  # whether weight decay applies to the learned parameters [choice]
@@ -162,22 +164,23 @@ class Quantizer(nn.Module):
 
     def grad_scale(self, x: Tensor) -> float:
         """LSQ's 1 / sqrt(N q_max); N elements of x share a step size. As in MQBench, on which the
-        papers build, N counts the batch for activations; LSQ's text leaves it out [choice]."""
+        papers build, N counts the batch for activations; LSQ's text leaves it out [choice]. Weights
+        have q_max = 2^bits - 1 too, as their grid is not LSQ's signed one [choice]."""
         return (x.numel() / self.step_size.numel() * self.qmax) ** -0.5
 
     def forward(self, x):
         step_size, zero_point = self.grid(x)
         if not self.ready:
             if self.step_size.isnan().any():
-                raise RuntimeError("this quantizer has no step size yet: call common.calibrate")
+                raise RuntimeError("no step size yet: call common.calibrate(network, images)")
             self.number, self.ready = zero_point.tolist(), True
         return fake_quantize(x, step_size, zero_point if self.channels else self.number, 0,
                              self.qmax, self.grad_scale(x))
 
     @torch.no_grad()
     def initialize(self, x: Tensor, candidates: int = 100) -> None:
-        """Step size and zero point from data, by Eq. 4-5 on the part a [x_min, x_max] of the range
-        that quantizes x with the least squared error [choice; the paper has a = 1].
+        """Step size and zero point from data, by Eq. 4-5 on the fraction a of the range that gives
+        the least squared error [choice; the paper has a = 1].
 
             s = a (x_max - x_min) / (2^q - 1)       Eq. 4
             z = round(q_max - a x_max / s)          Eq. 5
@@ -227,7 +230,7 @@ class LSQPlus(Quantizer):
 
 
 class PACT(Quantizer):
-    """PACT (Choi et al. 2018), for activations: only values beyond the clip alpha move it.
+    """PACT (Choi et al. 2018), for activations: only clipped values move the clip alpha.
 
         x_hat = round(clip(x, 0, alpha) / s) s,  s = alpha / q_max      dx_hat/dalpha = [x >= alpha]
 
@@ -302,9 +305,9 @@ def quantize(model: nn.Module, wbits: int, abits: int, quantizer: str = "lsq",
     """A copy of `model` whose Conv2d and Linear layers quantize input and weight, and whose
     `Product`s quantize both factors.
 
-    The first and the last layer that `example` (an input; 1 x 3 x 32 x 32 if none) comes to have 8
-    bits. Step sizes exist, for an optimizer to hold, but are NaN until `calibrate`. Warns of layers
-    that stay in full precision: other kinds, computed weights, layers that are not come to.
+    The first and the last layer that `example` (an input; 1 x 3 x 32 x 32 if none) passes through
+    have 8 bits. Step sizes exist, for an optimizer to hold, but are NaN until `calibrate`. Warns of
+    layers that stay in full precision: other kinds, computed weights, layers never reached.
     """
     model, order, new, left = copy.deepcopy(model), [], {}, []
     like, probe = next(model.parameters()), copy.deepcopy(model).eval()
@@ -341,7 +344,9 @@ def calibrate(qmodel: nn.Module, images: Tensor, candidates: int = 100,
     def quantizers(model):
         return [m for m in model.modules() if isinstance(m, Quantizer)]
 
-    probe = copy.deepcopy(qmodel).train(batch_stats)  # a copy, as the pass moves the statistics
+    probe = copy.deepcopy(qmodel).eval()  # a copy, as the pass moves the statistics
+    for m in probe.modules():
+        m.train(batch_stats and isinstance(m, nn.modules.batchnorm._BatchNorm))
     with hooked(quantizers(probe), before=lambda q, inputs: q.initialize(inputs[0], candidates)):
         probe(images)
     for mine, found in zip(quantizers(qmodel), quantizers(probe)):
@@ -488,7 +493,7 @@ class Data:
         return max(1, len(self.train_labels) // batch_size)
 
     def order(self, batch_size, draws):
-        """The training images of an epoch, by index, in random order."""
+        """The training images of an epoch, by index, in random order. cr_qat.py has another."""
         return torch.randperm(len(self.train_labels), generator=draws)
 
     def batches(self, batch_size: int, draws: torch.Generator,
@@ -499,10 +504,10 @@ class Data:
         n, device, moves = len(self.train_labels), self.train_labels.device, []
         order = self.order(batch_size, draws).to(device)
         for view in views:  # rows and columns to move by, whether to mirror
-            limits = [(-self.pad, self.pad + 1)] * 2 + [(0, 2)]
-            move = torch.stack([torch.randint(*limit, (n,), generator=draws) for limit in limits])
-            on = [["crop" in view]] * 2 + [["flip" in view]]
-            moves.append((move * torch.tensor(on)).to(device))
+            shift = torch.randint(-self.pad, self.pad + 1, (2, n), generator=draws)
+            mirror = torch.randint(2, (1, n), generator=draws)
+            move = torch.cat([shift * ("crop" in view), mirror * ("flip" in view)])
+            moves.append(move.to(device))
         for i in range(self.steps(batch_size)):  # everything is on the device: no step waits
             at = slice(i * batch_size, (i + 1) * batch_size)
             yield (*(self.cut(order[at], *move[:, at]) for move in moves),
@@ -520,8 +525,8 @@ class Data:
         """`count` fixed random training images, not augmented: for calibration and diagnosis."""
         draws = torch.Generator().manual_seed(random_stream("sample"))
         index = torch.randperm(len(self.train_labels), generator=draws)[:count]
-        index, window = index.to(self.train_labels.device), slice(self.pad, self.pad + 32)
-        return self.normalize(self.train_padded[index, window, window]), self.train_labels[index]
+        index = index.to(self.train_labels.device)
+        return self.cut(index, *index.new_zeros(3, len(index))), self.train_labels[index]
 
 
 DATASETS = ["auto", "cifar10", "cifar100", "folder", "shapes"]
@@ -548,7 +553,7 @@ def load_data(args: Namespace) -> Data:
         test_x, test_y, x, y = split(x, y, args.val, args.fp_seed, "--val")
     if args.train_size:
         x, y, *_ = split(x, y, args.train_size, args.fp_seed, "--train-size")
-    if args.dry_run:  # some 64 images of all classes, however they are sorted
+    if args.dry_run:  # some 64 images, spread, as they may be sorted by class
         x, y, test_x, test_y = (t[::max(1, len(t) // 64)] for t in (x, y, test_x, test_y))
     content = b"".join(t.numpy().tobytes() for t in (x, y, test_x, test_y))
     pixels = x[::1 + len(x) // 10_000].float().div(255).flatten(0, 2)
@@ -794,8 +799,8 @@ def cosine_lr(step: int, total: int, peak: float, warmup: float = 0.0) -> float:
 
 
 # What full precision depends on, so that all scripts, methods and seeds can share one network.
-FP_FLAGS = "model depth augment pad batch_size fp_epochs fp_lr fp_weight_decay fp_seed".split()
-# What does not shape training; switches do not either, and data have a fingerprint.
+FP_FLAGS = "model depth augment pad batch_size fp_epochs fp_lr fp_weight_decay fp_seed tf32".split()
+# What does not shape training; switches but --tf32 do not either, and data have a fingerprint.
 NOT_SHAPING = "out data_dir dataset train_size val device recipe bits seed method command".split()
 
 
@@ -822,7 +827,7 @@ class Run:
         self.peak, self.history, self.results = parts["optimizer"].defaults["lr"], [], {}
         self.identity = {"method": method, "seed": seed, "data": data.fingerprint} | {
             k: v for k, v in sorted(vars(args).items())
-            if (k in FP_FLAGS if shared else k not in NOT_SHAPING and not isinstance(v, bool))}
+            if k in FP_FLAGS or not (shared or k in NOT_SHAPING or isinstance(v, bool))}
         script = "" if shared else Path(args.script).stem + "-"
         digest = hashlib.sha256(json.dumps(self.identity).encode()).hexdigest()[:8]
         self.path = args.out / f"{script}{method}-{args.model}-{data.name}-s{seed}-{digest}.pt"
@@ -831,28 +836,27 @@ class Run:
 
     def load(self):
         try:
-            if zipfile.ZipFile(self.path).testzip():  # torch.load checks no sums
-                raise ValueError("a byte has changed")
+            damaged = zipfile.ZipFile(self.path).testzip()  # torch.load checks no sums
             state = torch.load(self.path, map_location="cpu", weights_only=True)
-            if state["identity"] != self.identity:
-                raise ValueError("made by another command")
+            if damaged or state["identity"] != self.identity:
+                raise ValueError
             for name, part in self.parts.items():
                 part.load_state_dict(state[name])
             self.history, self.results = state["history"], state["results"]
         except Exception as error:  # half a dozen kinds for a damaged or incomplete file
-            raise UsageError(f"{self.path} is damaged or not ours ({type(error).__name__}); delete "
-                             "it to start afresh") from None
+            raise UsageError(f"{self.path} is damaged or made by another command "
+                             f"({type(error).__name__}); delete it to start afresh") from None
 
     def save(self):
         state = {"identity": self.identity, "history": self.history, "results": self.results}
         whole = io.BytesIO()  # since torch.save hides why a file cannot be written
         torch.save(state | {name: part.state_dict() for name, part in self.parts.items()}, whole)
-        partial = self.path.with_suffix(f".{os.getpid()}.part")  # so `path` is whole or absent
+        part_file = self.path.with_suffix(f".{os.getpid()}.part")  # so `path` is whole or absent
         try:
-            partial.write_bytes(whole.getbuffer())
-            os.replace(partial, self.path)
+            part_file.write_bytes(whole.getbuffer())
+            os.replace(part_file, self.path)
         finally:
-            partial.unlink(missing_ok=True)
+            part_file.unlink(missing_ok=True)
 
     def stream(self, purpose):
         stage = "full precision" if self.shared else "method"
@@ -866,11 +870,10 @@ class Run:
             yield self.epoch
             acc, loss = evaluate(self.parts["model"], self.data)
             self.check(loss)
-            self.history.append({"epoch": self.epoch + 1, **self.means, "eval_loss": loss, "acc": acc,
-                                 "seconds": self.seconds, **self.notes})
+            self.history.append(self.means | self.notes | {
+                "epoch": self.epoch + 1, "eval_loss": loss, "acc": acc, "seconds": self.seconds})
             self.save()
-            average = np.mean([h["seconds"] for h in self.history])
-            left = int((self.total - self.epoch - 1) * average)
+            left = int((self.total - self.epoch - 1) * self.seconds)
             means = "  ".join(f"{k} {v:.4f}" for k, v in self.means.items())
             self.show(f"epoch {self.epoch + 1:>3}/{self.total}  {means}  {self.data.split} loss "
                       f"{loss:.4f}  acc {acc:5.2f} %  {self.seconds:5.1f} s  left "
@@ -929,8 +932,8 @@ class Run:
             acc, loss = evaluate(model, self.data)
             self.results[method] = self.identity | {
                 "script": a.script, "dataset": self.data.name, "split": self.data.split,
-                "train_size": len(self.data.train_labels), "quantizer": a.quantizer,
-                "wbits": a.wbits, "abits": a.abits, "acc": acc, "loss": loss, "command": a.command,
+                "train_size": len(self.data.train_labels), "acc": acc, "loss": loss,
+                "command": a.command,
                 "seconds_per_epoch": float(np.mean([h["seconds"] for h in self.history]))} | row
             self.save()
         result = self.results[method]
@@ -948,7 +951,7 @@ def record(out: Path, result: dict) -> dict:
             written = file.write(line)  # appended whole: two processes do not mix
             if written < len(line):
                 file.truncate(file.seek(0, os.SEEK_END) - written)
-                raise OSError(f"{out / 'results.jsonl'} cannot be written: the disk is full")
+                raise OSError(f"{out / 'results.jsonl'}: disk full; free some, then --resume")
     return result
 
 

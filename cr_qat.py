@@ -36,10 +36,10 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 PAPER = {"model": "resnet18", "dataset": "cifar10", "batch_size": 256, "lr": 0.01, "epochs": 200,
          "weight_decay": 5e-4,  # so far the authors' protocol in their FPQ paper; what follows is
          "lambda_max": 1.0, "ema": 0.999, "ramp_epochs": 5.0,  # [choice], after the mean teacher
-         "fp_epochs": 200}
+         "fp_epochs": 200, "fp_lr": 0.1, "fp_weight_decay": 5e-4, "pad": 4}
 
-# Who predicts for the second view: nobody, its label, the student's own weights (the Pi-model),
-# the full-precision network, or the student's moving average.
+# Source of the target for the second view: none, its label, the student's own weights (the
+# Pi-model; no gradient flows there [choice]), the full-precision network, the student's average.
 METHODS = {"baseline": None, "two-view": "label", "pi": "student", "fp-teacher": "full precision",
            "cr": "average"}
 VIEWS = ["none", "flip", "crop+flip", "crop+flip+noise", "crop+flip+colour"]
@@ -55,8 +55,8 @@ def parse_args() -> Namespace:
         ("--lambda-max", number(float, 0, 1e6), 0.3, "weight of L_con after the ramp"),
         ("--ramp-epochs", number(float, 0, 1e6), 2.0, "T: length of the ramp"),
         ("--ema", number(float, 0, 1), 0.9, "alpha: memory of the moving average"),
-        ("--views", VIEWS, [], "of all but the baseline: the student's augmentation and, if "
-                               "another, the teacher's; without it --augment"),
+        ("--views", VIEWS, [], "the student's augmentation, then the teacher's (the same if left "
+                               "out); the baseline always has --augment"),
         ("--labels", number(int, 1, 10**9), None, "labels to keep; without it all"),
         ("--controls", bool, False, "all methods, and the averages of baseline and cr"),
         ("--ablate", bool, False, "cr with each augmentation of both views"),
@@ -124,6 +124,9 @@ class PartlyLabelled(Data):
             columns.append(torch.cat(rounds)[:count].reshape(-1, share))
         return torch.cat(columns, 1).flatten()
 
+    def sample(self, count: int) -> tuple[Tensor, Tensor]:
+        return self.labelled.sample(count)
+
 
 def hide_labels(data: Data, count: int, seed: int) -> tuple[Data, Data]:
     """(the `count` labelled images only, all images with the other labels -100), class-balanced."""
@@ -134,7 +137,9 @@ def hide_labels(data: Data, count: int, seed: int) -> tuple[Data, Data]:
     labels[keep] = data.train_labels[keep]
     changed = {"fingerprint": f"{data.fingerprint}-{count}", "train_labels": labels}
     few = {"train_padded": data.train_padded[keep], "train_labels": labels[keep]}
-    return replace(data, **changed | few), PartlyLabelled(**vars(data) | changed)
+    partly = PartlyLabelled(**vars(data) | changed)
+    partly.labelled = replace(data, **changed | few)
+    return partly.labelled, partly
 
 
 # ----------------------------------------------------------------------------------- the training
@@ -154,6 +159,7 @@ def train(args: Namespace, data: Data, method: str, seed: int, network: nn.Modul
     consistent = args.lambda_max > 0 and by not in (None, "label")
     views = [views[0], views[-1]][:2 if consistent or by == "label" else 1]
     alpha = 0 if by == "student" else args.ema  # 0: a copy of the student
+    averages = by in ("student", "average") or args.controls
 
     for epoch in run.epochs():
         average.train()
@@ -180,7 +186,8 @@ def train(args: Namespace, data: Data, method: str, seed: int, network: nn.Modul
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            ema_update(average, student, epoch * data.steps(args.batch_size) + i, alpha)
+            if averages:
+                ema_update(average, student, epoch * data.steps(args.batch_size) + i, alpha)
             run.log(loss=loss, ce=cross_entropy)
             if args.diagnose:
                 run.log(moved=(weight_bins(student) != before).float().mean())
@@ -261,7 +268,8 @@ def main() -> None:
     for args, seed, data in common.per_seed(parse_args()):
         labelled = data
         if args.labels:
-            labelled, data = hide_labels(data, args.labels, args.fp_seed)
+            count = min(args.labels, 32) if args.dry_run else args.labels
+            labelled, data = hide_labels(data, count, args.fp_seed)
         network, result = full_precision(args, labelled)
         results.append(result)
         for method in args.method:
@@ -272,7 +280,7 @@ def main() -> None:
             results += train(both, data, "cr", seed, network, f"cr-{view}")[1]
     print(common.result_table(results))
     if args.diagnose:
-        diagnose(labelled, trained)
+        diagnose(data, trained)
 
 
 if __name__ == "__main__":

@@ -5,12 +5,12 @@ The idea. Post-training quantization (PTQ) moves a finished network by its round
 network in a flat place of the loss does not mind, so one trains for flatness in full precision.
 Differential Noise-driven Quantization (DNQ) measures the errors that weights and activations will
 make at the bits aimed for, models both as independent Gaussian noise, and trains under fresh noise
-of just that size: on the weights, where the noise of one step is taken out in the next, and on a
+of just that size: on the weights, where each step's noise is removed before the next, and on a
 random share of the activations. The weights of the last epochs are averaged (stochastic weight
 averaging, SWA). Then the network is quantized, by the quantizer that measured the errors.
 
-Only the abstract of this paper was at hand. The rest is what summaries and the authors' later work
-tell of it; our own decisions are marked [choice].
+Only the abstract of this paper was at hand. The rest follows summaries and the authors' later work;
+our own decisions are marked [choice].
 
     symbol                                                                            from
     dW, dx                 quantization_error(t, quantizer)                           authors
@@ -18,19 +18,18 @@ tell of it; our own decisions are marked [choice].
     n_t = l (mu + s e)     DifferentialWeightNoise.injected(l)                        authors
     x + M l (mu + s e)     ActivationNoise, M ~ Bernoulli(rho)                        authors
     rho g / |g|            SAM.ascended (Foret et al. 2021)                           ancestor
-    lambda, its ramp       --noise-lambda, --ramp-epochs                              [choice]
+    lambda, its ramp       --noise-lambda, --ramp-epochs                              authors
 
     python flat_quant.py --bits 4                      plain and flat network, before and after PTQ
     python flat_quant.py --bits 4 --study --measure    every noise, SAM, controls; the errors
 """
 
-import argparse
+import copy
 from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 
 import common
-import numpy as np
 import torch
 import torch.nn.functional as F
 from common import Data, Quantizer, Run, hooked, print_row, weight_layers
@@ -38,22 +37,13 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 PAPER = {"model": "resnet18", "dataset": "cifar100", "wbits": 2, "abits": 4, "batch_size": 256,
-         "fp_epochs": 200}  # data set, network and bits are the authors'; batch and epochs [choice]
+         "fp_lr": 0.015, "fp_weight_decay": 5e-4, "fp_epochs": 120, "ramp_epochs": 20.0, "pad": 4}
 
-# A method is a sum of pieces: "weight+activation" has both noises. sgd is the plain network.
-PIECES = ["sgd", "weight", "additive", "isotropic", "wrong-bits", "activation", "sam"]
-STUDY = [*PIECES[:-1], "weight+activation", "sam"]
+# sgd is the plain network; the weight noises are told apart in `train`.
+WEIGHT_NOISES = ["weight", "additive", "isotropic", "wrong-bits"]
+METHODS = ["sgd", *WEIGHT_NOISES, "activation", "weight+activation", "sam"]
 PTQ_BITS = [(8, 8), (4, 4), (3, 4), (2, 4)]
 PROBES, ITERATIONS = 8, 15  # of the Hessian's trace and of its top eigenvalue
-
-
-def pieces(text: str) -> str:
-    """An argparse type: a method, PIECES joined by +."""
-    parts = text.split("+")
-    if not set(parts) <= set(PIECES) or len(set(parts) & set(PIECES[1:5])) > 1:
-        raise argparse.ArgumentTypeError(f"{text!r} should join {', '.join(PIECES)} by +, with one "
-                                         "noise on weights at most")
-    return text
 
 
 def parse_args() -> Namespace:
@@ -62,17 +52,16 @@ def parse_args() -> Namespace:
     number = common.number
     common.add_flags(
         parser, "method",
-        ("--method", pieces, ["sgd", "weight+activation"],
-         f"sums of {', '.join(PIECES)}; each also with SWA"),
+        ("--method", METHODS, ["sgd", "weight+activation"], "what to train, each also with SWA"),
         ("--noise-lambda", number(float, 0, 1e3), 1.0, "noise relative to the measured error"),
         ("--ramp-epochs", number(float, 0, 1e6), 5.0, "until lambda is reached"),
         ("--rho", number(float, 0, 1), 0.5, "share of the activations with noise"),
         ("--sam-rho", number(float, 0, 1e3), 0.05, "radius of SAM's ascent"),
         ("--noise-bits", number(int, 2, 8), 8, "at which wrong-bits, a control, measures"),
-        ("--study", bool, False, f"train {' '.join(STUDY)}"),
+        ("--study", bool, False, "train all methods"),
         ("--measure", bool, False, "the errors of each layer, and how Gaussian they are"))
     args = common.parse(parser, PAPER)
-    args.method = list(dict.fromkeys((STUDY if args.study else []) + args.method))
+    args.method = METHODS if args.study else list(dict.fromkeys(args.method))
     return args
 
 
@@ -113,12 +102,12 @@ def excess_kurtosis(t: Tensor) -> float:
 
 @torch.no_grad()
 def layer_inputs(model: nn.Module, images: Tensor) -> list[Tensor]:
-    """The input of each layer for `images`, batch norm in eval mode."""
-    inputs, training = [], model.training
-    with hooked(weight_layers(model).values(), before=lambda _, args: inputs.append(args[0])):
-        model.eval()(images)
-    model.train(training)
-    return inputs
+    """The input of each layer for `images`, the layers in order of definition."""
+    inputs = {}
+    with hooked(weight_layers(model).values(),
+                before=lambda layer, args: inputs.update({layer: args[0]})):
+        model(images)
+    return [inputs[layer] for layer in weight_layers(model).values()]
 
 
 def layer_bits(model: nn.Module, bits: int) -> list[int]:
@@ -168,8 +157,8 @@ class DifferentialWeightNoise:
     n is added within `injected` only, so what is evaluated, saved and averaged is w.
 
     `measure` takes the statistics anew at the start of each epoch [choice; the authors average them
-    over epochs with memory 0.9, which suits their 120]. `isotropic` gives all weights the same
-    variance, of the same sum, and mean 0.
+    over epochs with memory 0.9, which suits their 120]. `isotropic` gives every weight zero-mean
+    noise of one variance; the sum of squares over all weights is unchanged.
     """
 
     def __init__(self, model: nn.Module, bits: int, isotropic: bool = False):
@@ -197,8 +186,8 @@ class DifferentialWeightNoise:
 
 
 class ActivationNoise:
-    """Gaussian noise like the activations' quantization error, mean and variance per layer input,
-    on a random share of the elements (all of them would be too much):
+    """Gaussian noise like the activations' quantization error, by layer input, on a random share of
+    the elements (all of them would be too much):
 
         x <- x + M lambda (mu + sigma e),   M ~ Bernoulli(rho),   e ~ N(0, 1)
 
@@ -211,9 +200,10 @@ class ActivationNoise:
 
     @torch.no_grad()
     def measure(self, images: Tensor) -> None:
-        """Set .statistics, {layer: (mean, std)}, from `images`, at the start of an epoch."""
-        errors = [quantization_error(x, self.quantizer(bits))
-                  for x, bits in zip(layer_inputs(self.model, images), self.bits)]
+        """Set .statistics, {layer: (mean, std)}, from `images`, at the start of an epoch. Batch
+        norm normalises by them: its running statistics are those of the noisy network."""
+        inputs = layer_inputs(copy.deepcopy(self.model).train(), images)
+        errors = [quantization_error(x, self.quantizer(bits)) for x, bits in zip(inputs, self.bits)]
         self.statistics = {layer: (e.mean(), e.std(correction=0)) for layer, e in zip(
             weight_layers(self.model).values(), errors)}
 
@@ -263,8 +253,9 @@ def train(args: Namespace, data: Data, method: str, seed: int) -> dict[str, tupl
     """One training run from scratch, as {method: (network, result), method+swa: ...}: averaging
     does not touch training, so one run gives both.
 
-    "additive" [choice] is the rival of the differential rule: the same noise is added for the pass
-    and taken out before the optimizer's step, whose weight decay then sees w and not w + n.
+    "additive" [choice] is the rival of the differential rule "weight": the same noise is taken out
+    before the optimizer's step, whose weight decay then sees w and not w + n. "isotropic" and
+    "wrong-bits" are differential controls, of another shape and of another size.
     """
     parts, on_weights, on_activations = method.split("+"), None, None
     torch.manual_seed(common.random_stream("weights", seed))
@@ -272,7 +263,7 @@ def train(args: Namespace, data: Data, method: str, seed: int) -> dict[str, tupl
     model = model.to(args.device, memory_format=torch.channels_last)
     optimizer = common.fp_optimizer(args, model)
     average, sam = AveragedModel(model), SAM(model, args.sam_rho)
-    if set(parts) & set(PIECES[1:5]) and args.noise_lambda:
+    if set(parts) & set(WEIGHT_NOISES) and args.noise_lambda:
         bits = args.noise_bits if "wrong-bits" in parts else args.wbits
         on_weights = DifferentialWeightNoise(model, bits, "isotropic" in parts)
     if "activation" in parts and args.noise_lambda:
@@ -325,9 +316,9 @@ def ptq(args: Namespace, data: Data, network: nn.Module, wbits: int, abits: int)
 
 
 def quantized_results(args: Namespace, data: Data, network: nn.Module, result: dict) -> list[dict]:
-    """Results of `network` after PTQ, at PTQ_BITS and the bits asked for."""
+    """Results of `network` after PTQ, at the bits asked for and at PTQ_BITS."""
     results = []
-    for wbits, abits in dict.fromkeys([*PTQ_BITS, (args.wbits, args.abits)]):
+    for wbits, abits in dict.fromkeys([(args.wbits, args.abits), *PTQ_BITS]):
         acc, loss = common.evaluate(ptq(args, data, network, wbits, abits), data)
         results.append(common.record(args.out, result | {
             "quantizer": args.quantizer, "wbits": wbits, "abits": abits, "acc": acc, "loss": loss}))
@@ -343,15 +334,9 @@ def ptq_table(results: list[dict]) -> str:
     lines = [f"\n{first['dataset']}, {first['train_size']} training images, {first['model']}, "
              f"augment {first['augment']}; {first['split']} accuracy % before and after PTQ",
              f"{'method':<24}" + "".join(f"{f'W{w}A{a}':<15}" for w, a in cells[first["method"]])]
-    for method, row in cells.items():
-        lines.append(f"{method:<24}" + "".join(
-            f"{common.mean_and_error(v):<15}" for v in row.values()))
+    lines += [f"{method:<24}" + "".join(f"{common.mean_and_error(v):<15}" for v in row.values())
+              for method, row in cells.items()]
     return "\n".join(lines).replace("W32A32", "FP    ")
-
-
-def rank_correlation(a: list[float], b: list[float]) -> float:
-    """Spearman's: the correlation of the ranks (no ties expected)."""
-    return float(np.corrcoef(*(np.argsort(np.argsort(v)) for v in (a, b)))[0, 1])
 
 
 def main() -> None:
@@ -363,18 +348,13 @@ def main() -> None:
         for network, result in networks.values():
             after = quantized_results(args, data, network, result)
             results += [result, *after]
-            asked = next(r for r in after if (r["wbits"], r["abits"]) == (args.wbits, args.abits))
-            flatness.append((result["acc"] - asked["acc"], *common.sharpness(
-                network, data, PROBES, ITERATIONS)))
+            sharpness = common.sharpness(network, data, PROBES, ITERATIONS)
+            flatness.append((result["acc"] - after[0]["acc"], *sharpness))
     print(ptq_table(results))
     print(f"\nflatness, last seed; drop in % by PTQ at W{args.wbits}A{args.abits}")
     print_row("method", "drop", "Hessian trace", "standard error", "top eigenvalue")
     for name, numbers in zip(networks, flatness):
         print_row(name, *(f"{v:.2f}" for v in numbers))
-    if len(flatness) > 4:
-        drops, traces, *_ = zip(*flatness)
-        print(f"\nrank correlation of trace and drop over these {len(drops)} networks: "
-              f"{rank_correlation(traces, drops):.2f}")
     if args.measure:
         measure(args, data, networks[args.method[0]][0])
 

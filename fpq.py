@@ -1,12 +1,12 @@
 """FPQ: Feature-Perturbed Quantization. Pang & Cai, "Stabilizing Quantization-Aware Training by
 Implicit-Regularization on Hessian Matrix", arXiv 2503.11159.
 
-The idea. Rounding moves the weights and features of a network, and a flat loss does not mind.
-Zero-mean noise during training penalises the trace of the Hessian, without computing it (Eq. 7).
-FPQ therefore adds uniform noise, one quantization step size wide, to the inputs of randomly chosen
-layers: stochastic feature perturbation (SFP). It also holds the output of every convolution to the
-shape that the full-precision network's output has in each channel: channel-wise standardized
-distillation (CSD). The quantized network is trained on cross-entropy plus CSD (Eq. 22).
+The idea. Rounding moves the weights and features of a network; if the loss is flat, it changes
+little. Zero-mean noise during training penalises the trace of the Hessian without computing it
+(Eq. 7). So FPQ adds uniform noise, one quantization step size wide, to the inputs of randomly
+chosen layers: stochastic feature perturbation (SFP). It also holds the output of every layer but
+the classifier to the shape that the full-precision network's output has in each channel:
+channel-wise standardized distillation (CSD). The loss is cross-entropy plus CSD (Eq. 22).
 
     paper                            here
     x_l, z_l                         input and output of layer l: N x C x H x W (or N x T x C)
@@ -32,8 +32,8 @@ from common import Data, Run, calibrate, full_precision, hooked, print_row, quan
 from torch import Tensor, nn
 
 PAPER = {"model": "resnet18", "dataset": "cifar10", "batch_size": 256, "lr": 0.01, "epochs": 200,
-         "weight_decay": 5e-4, "p": 0.1,  # section 4
-         "fp_epochs": 200}  # [choice]: the paper only says that it starts from full precision
+         "weight_decay": 5e-4, "p": 0.1,  # section 4; the full-precision recipe is [choice]
+         "fp_epochs": 200, "fp_lr": 0.1, "fp_weight_decay": 5e-4, "pad": 4}
 
 # Which of (--p, --csd-weight, --kd-weight) act in a method.
 METHODS = {"baseline": (0, 0, 0), "sfp": (1, 0, 0), "csd": (0, 1, 0), "fpq": (1, 1, 0),
@@ -162,9 +162,10 @@ def layers_of(model: nn.Module) -> list[nn.Module]:
 
 
 def perturbed(student: nn.Module, p: float, noise_at: str):
-    """A context in which SFP acts on the input of every layer, and on both factors of the products
-    in attention. A layer's output is w_hat * x_s (Eq. 16), so the noise is on the quantized operand;
-    the other reading has it before the quantizer ("input"), which makes rounding stochastic."""
+    """A context in which SFP acts, with chance p each, on the inputs of `layers_of` and on the
+    factors of products in attention. A layer's output is w_hat * x_s (Eq. 16), so the noise is on
+    the quantized operand. The other reading has it before the quantizer ("input"), which makes
+    rounding stochastic."""
     def after(quantizer, inputs, x_hat):
         return perturb(x_hat, quantizer.step_size)
 

@@ -1,17 +1,17 @@
 """MEC-Quant: Maximum Entropy Coding. Pang, Cai, Zhang, "MEC-Quant: Maximum Entropy Coding for
 Extremely Low Bit Quantization-Aware Training", arXiv 2509.15514.
 
-The idea. Few bits bias what a network represents: its features collapse onto few directions. So
-MEC-Quant keeps the features rich while the network learns the labels. The entropy of the features
-is measured by the number of bits that a lossy code for them needs. Features of very different
-magnitude share the code as a mixture of experts, one for each scale. Training maximises the length
-of that code and minimises the cross-entropy.
+The idea. Few bits bias what a network represents. So MEC-Quant keeps the features rich while the
+network learns the labels. The entropy of the features is measured by the number of bits that a
+lossy code for them needs. Long-tailed features share the code as a mixture of experts, which we
+take to be scales [choice]. Training maximises the length of the code and minimises the
+cross-entropy.
 
 Only the abstract and summaries of the paper were at hand. Coding length and series are those of its
 ancestors (Ma et al. 2007; MEC, Liu et al. 2022); the mixture is rebuilt on MCR^2 (Yu et al. 2020).
 
     symbol                                                                              from
-    Z: m x d              normalized_rows(features), m images, d features               ancestor
+    Z: m x d              normalized_rows(features), m images, d features               [choice]
     eps_d^2, lambda       --eps2; 1 / (m eps_d^2)                                       ancestor
     L(Z), L(Z1, Z2)       coding_length(z1, z2), exact or series of even order          ancestor
     pi_kj                 scale_gates(magnitudes, K), m x K, rows sum to 1              [choice]
@@ -36,8 +36,8 @@ from common import Data, Run, calibrate, full_precision, hooked, print_row, quan
 from torch import Tensor, nn
 
 PAPER = {"model": "resnet18", "dataset": "cifar10", "batch_size": 256, "lr": 0.01, "epochs": 200,
-         "weight_decay": 5e-4,  # the authors' protocol in their FPQ paper
-         "fp_epochs": 200}  # [choice]
+         "weight_decay": 5e-4,  # the authors' protocol in their FPQ paper; the rest is [choice]
+         "fp_epochs": 200, "fp_lr": 0.1, "fp_weight_decay": 5e-4, "pad": 4}
 
 # The gates of the mixture (None: no coding length), and whether --branch is exchanged.
 METHODS = {"baseline": (None, False), "mec": ("one", False), "mec-quant": ("scale", False),
@@ -45,7 +45,7 @@ METHODS = {"baseline": (None, False), "mec": ("one", False), "mec-quant": ("scal
 
 
 def even(text: str) -> int:
-    """An argparse type: odd orders end on a positive power, which a collapsed Z makes largest."""
+    """An argparse type: the last term of an odd order is positive and rewards a collapsed Z."""
     order = common.number(int, 2, 100)(text)
     if order % 2:
         raise argparse.ArgumentTypeError(f"{text!r} should be even: odd orders reward collapse")
@@ -64,7 +64,7 @@ def parse_args() -> Namespace:
         ("--order", even, None, "of the series, in mec; without it the exact value"),
         ("--experts", number(int, 1, 64), 3, "K: scales of the mixture"),
         ("--branch", ["self", "teacher"], "self", "Z2: Z, or full precision's features"),
-        ("--kd-weight", number(float, 0, 1e6), 1.0, "of the distillation of logits in kd"),
+        ("--kd-weight", number(float, 0, 1e6), 1.0, "of the distillation of logits, in kd only"),
         ("--ablate", bool, False, f"train {' '.join(METHODS)}"),
         ("--diagnose", bool, False, "rank of the features, series, experts, force of the term"))
     args = common.parse(parser, PAPER)
@@ -96,8 +96,8 @@ def series_logdet(c: Tensor, order: int) -> Tensor:
 
 
 def logdet(c: Tensor, symmetric: bool) -> Tensor:
-    """log |det(I + C)| of ... x n x n. Cholesky does for the symmetric C of one branch, without
-    waiting for the device; two branches need LU, whose determinant's sign is dropped."""
+    """log |det(I + C)| of ... x n x n. Cholesky is enough for the symmetric C of one branch, and
+    does not wait for the device; two branches need LU, whose determinant's sign is dropped."""
     eye = torch.eye(c.shape[-1], dtype=c.dtype, device=c.device)
     if symmetric:
         factor = torch.linalg.cholesky_ex(eye + c).L
@@ -107,14 +107,14 @@ def logdet(c: Tensor, symmetric: bool) -> Tensor:
 
 def coding_length(z1: Tensor, z2: Tensor | None = None, *, eps2: float,
                   order: int | None = None) -> Tensor:
-    """L(Z1, Z2), nats that a code with distortion eps_d^2 needs for Z1 (and Z2, without it Z1);
+    """L(Z1, Z2), nats that a code with distortion eps_d^2 needs for Z1 and Z2; Z2 is Z1 by default.
     m x d each, centred and normalised by the caller.
 
         L = mu log det(I + lambda Z1^T Z2),  mu = (m + d) / 2,  lambda = 1 / (m eps_d^2)
 
     The m x m form, I + lambda Z1 Z2^T, has the same determinant; the smaller one is taken. `order`
-    (even) takes the series, unless it would diverge: then, with a warning, the exact value, which
-    is the default. That check waits for the device. ValueError for an odd order.
+    (even) takes the ancestor's series, unless it would diverge: then, with a warning, the exact
+    value, the default [choice]. That check waits for the device. ValueError for an odd order.
     """
     m, d = z1.shape
     a, b = (z1, z1 if z2 is None else z2) if m <= d else (z1.T, (z1 if z2 is None else z2).T)
@@ -143,11 +143,11 @@ def moe_coding_length(z: Tensor, gates: Tensor, *, eps2: float, z2: Tensor | Non
         L_moe = (m + d) / 2 sum_k n_k / m log det(I + 1 / (n_k eps_d^2) Z^T diag(pi_k) Z2)
         n_k = sum_j pi_kj
 
-    One expert gives L(Z). As log det is concave, more give a lower bound of it, so maximising it is
-    safe. That is why the weights are mu n_k / m [choice]: (n_k + d) / 2, which K separate codes
-    would cost, adds up to more than L(Z). The bits that name the expert are left out, as the gates
-    are constants. K small matrices in one batched product, d x d or m x m, whichever is smaller:
-    the latter is diag(sqrt(pi_k)) Z Z2^T diag(sqrt(pi_k)).
+    One expert gives L(Z). With one branch, more give a lower bound of it, as log det is concave, so
+    maximising it is safe. That is why the weights are mu n_k / m [choice]: (n_k + d) / 2, which K
+    separate codes would cost, adds up to more than L(Z). The bits that name the expert are left
+    out, as the gates are constants. The K matrices are d x d or, if that is smaller, m x m:
+    diag(sqrt(pi_k)) Z Z2^T diag(sqrt(pi_k)).
     """
     m, d = z.shape
     n = gates.sum(0).clamp_min(common.TINY)
@@ -158,8 +158,8 @@ def moe_coding_length(z: Tensor, gates: Tensor, *, eps2: float, z2: Tensor | Non
 
 
 def scale_gates(magnitudes: Tensor, experts: int) -> Tensor:
-    """pi: m x K, softly by log-magnitude. A long tail is a mixture of scales: expert k sits at the
-    (k + 1/2) / K quantile of the batch, Gaussian, 1 / K of the batch's deviation wide [choice].
+    """pi: m x K, softly by log-magnitude. A long tail is a mixture of scales: expert k is a
+    Gaussian at the (k + 1/2) / K quantile of the batch, 1 / K of its deviation wide [choice].
     magnitudes: m, norms of the features before they are normalised. No gradient."""
     scale = magnitudes.detach().clamp_min(common.TINY).log()
     levels = (torch.arange(experts, device=scale.device, dtype=scale.dtype) + 0.5) / experts
@@ -286,7 +286,8 @@ def diagnose(args: Namespace, data: Data, network: nn.Module, trained: dict) -> 
     for name, f in features.items():
         length, rank, top = spectrum(f, args.eps2)
         print_row(name, f"{length:.4f}", f"{rank:.2f}", f"{100 * top:.1f} %")
-    last = list(trained)[-1]
+    last = [n for n in trained if METHODS[n][0]][-1:] or list(trained)[-1:]
+    last = last[0]  # the last method with a mixture, if there is one
     print(f"\nby epoch: force of the term of {last}, |its gradient| / |that of the cross-entropy|; "
           f"spectral norm;\nrelative error of the series of orders {ORDERS}")
     for row in trained[last][2]:

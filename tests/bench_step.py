@@ -37,10 +37,6 @@ def torch_operators(common):
     common.fake_quantize = fake_quantize
 
 
-def first_pass(student, images):  # in which the libraries make their step sizes
-    student.train()(images)
-
-
 def torchao(common):
     from torchao.quantization.pt2e import MinMaxObserver, PerChannelMinMaxObserver
     from torchao.quantization.pt2e.learnable_fake_quantize import LearnableFakeQuantize
@@ -56,7 +52,8 @@ def torchao(common):
             w.enable_range_learning()
             layer.input_quantizer, layer.weight_quantizer = a, w
         return student.to(layer.weight.device)
-    common.quantize, common.calibrate = with_its_quantizers, first_pass
+    common.quantize = with_its_quantizers
+    common.calibrate = lambda student, images: student(images)  # makes its step sizes
 
 
 def brevitas(common):
@@ -69,19 +66,18 @@ def brevitas(common):
                "weight_bit_width": 2, "weight_scaling_impl_type": "parameter_from_stats"}
     kinds = {nn.Conv2d: (qnn.QuantConv2d, options), nn.Linear: (qnn.QuantLinear, options)}
     common.quantize = lambda network, *flags: layerwise_quantize(copy.deepcopy(network), kinds)
-    common.calibrate = first_pass
+    common.calibrate = lambda student, images: student.train()(images)
 
 
 # Script, method, and what replaces the quantizers of the script.
 VARIANTS = {"full precision": ("flat_quant", "sgd"), "baseline": ("fpq", "baseline"),
             "fpq": ("fpq", "fpq"), "cr": ("cr_qat", "cr"), "mec-quant": ("mec_quant", "mec-quant"),
-            "dnq": ("flat_quant", "weight+activation"),
-            "elementary": ("fpq", "baseline", elementary),
-            "torch operators": ("fpq", "baseline", torch_operators),
-            "torchao": ("fpq", "baseline", torchao), "brevitas": ("fpq", "baseline", brevitas)}
+            "dnq": ("flat_quant", "weight+activation")}
+VARIANTS |= {peer.__name__: ("fpq", "baseline", peer)
+             for peer in (elementary, torch_operators, torchao, brevitas)}
 
 
-def child(pipe, flags, tree, script, method, peer=None):
+def child(pipe, flags, tree, script, method, peer=lambda common: None):
     """Run the script of `tree`. It sends the seconds of a step, then waits to make another."""
     sys.path.insert(0, str(tree))
     sys.argv, sys.stdout = [script, *flags, "--method", method], open(os.devnull, "w")
@@ -104,14 +100,13 @@ def child(pipe, flags, tree, script, method, peer=None):
         return model.to(args.device, memory_format=torch.channels_last), {}
     common.Data.batches, common.full_precision = one_by_one, untrained
     try:
-        if peer:
-            peer(common)
+        peer(common)
     except ImportError as error:
         return pipe.send(str(error))
     common.entry(importlib.import_module(script).main)
 
 
-def time_steps(variants: dict[str, tuple], turns: int, flags: list[str]) -> dict[str, float]:
+def time_steps(variants: dict, turns: int, flags: list) -> dict:
     """Median over the turns of each variant's seconds, relative to full precision in that turn."""
     context, pipes = multiprocessing.get_context("spawn"), {}
     for name, variant in variants.items():
@@ -140,9 +135,9 @@ def main() -> None:
     args, flags = parser.parse_known_args()
     here = Path(__file__).resolve().parent.parent
     variants = {name: (here, *variant) for name, variant in VARIANTS.items()}
-    if args.beside:
-        variants |= {f"{name} there": (args.beside, *VARIANTS[name]) for name in ("baseline", "fpq")}
-    print(f"step / full-precision step, torch {torch.__version__}, {torch.get_num_threads()} threads")
+    for name in ("baseline", "fpq") if args.beside else ():
+        variants[f"{name} there"] = args.beside, *VARIANTS[name]
+    print(f"step / full precision, torch {torch.__version__}, {torch.get_num_threads()} threads")
     with tempfile.TemporaryDirectory() as out:
         flags = ["--dataset", "shapes", "--out", out, *flags, "--model"]
         table = {model: time_steps(variants, args.turns, [*flags, model]) for model in args.models}

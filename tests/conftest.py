@@ -79,9 +79,8 @@ def parse(monkeypatch, tmp_path):
 
 @pytest.fixture
 def run(monkeypatch, tmp_path, capsys):
-    """run("fpq", *flags) runs a script as a user does, but in this process. It returns the exit
-    code .code, the printed .out and .err, and .results: all lines of the results.jsonl that lie
-    somewhere in tmp_path, those of earlier runs included."""
+    """run("fpq", *flags) runs a script as a user does, in this process: exit code .code, printed
+    .out and .err, and .results, all lines so far of all results.jsonl within tmp_path."""
     def entered(script: str, *flags: str) -> Namespace:
         monkeypatch.setattr(sys, "argv", [f"{script}.py", "--out", str(tmp_path), *CPU, *flags])
         code = 0

@@ -54,10 +54,9 @@ def test_decomposition_is_that_of_the_measured_error():
         {"AQE": aqe, "WQE": wqe, "cross": total - aqe - wqe, "total": total})
 
 
-def test_kurtosis_and_rank_correlation_of_known_numbers():
+def test_kurtosis_of_known_numbers():
     for sample, kurtosis in ((torch.linspace(2, 5, 10_000), -1.2), (torch.tensor([0.0, 1]), -2)):
         assert flat_quant.excess_kurtosis(sample) == pytest.approx(kurtosis, abs=1e-3)
-    assert flat_quant.rank_correlation([1, 2, 30], [2, 1, 3]) == pytest.approx(0.5)
 
 
 # -------------------------------------------------------------------------------------- the noises
@@ -246,12 +245,12 @@ def test_ptq_rounds_as_was_measured_and_fits_the_inputs_of_evaluation(parse, tin
 def test_study_as_a_user_runs_it(run, monkeypatch):
     """Every network in full precision and after PTQ; the drop is the difference of the two."""
     monkeypatch.setattr(common, "sharpness", lambda *args: (7, 8, 9))
-    monkeypatch.setattr(flat_quant, "STUDY", ["sgd", "wrong-bits"])
+    monkeypatch.setattr(flat_quant, "METHODS", ["sgd", "wrong-bits"])
     monkeypatch.setattr(flat_quant, "PTQ_BITS", [])
     done = run("flat_quant", "--dry-run", "--dataset", "shapes", "--study", "--measure")
     acc = {(r["method"], r["wbits"]): r["acc"] for r in done.results}
-    for method in ("sgd+swa", "wrong-bits", "weight+activation"):
+    for method in ("sgd+swa", "wrong-bits"):
         drop = acc[method, 32] - acc[method, 2]
         assert f"{method:<24}{acc[method, 32]:<15.2f}{acc[method, 2]:.2f}" in done.out
         assert f"{method:<19} {f'{drop:.2f}':<19} 7.00                8.00" in done.out
-    assert "6 networks: " in done.out and "corr(dW, W)" in done.out and "nan" not in done.out
+    assert "corr(dW, W)" in done.out and "nan" not in done.out

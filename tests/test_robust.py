@@ -120,8 +120,7 @@ def test_killed_and_resumed_ends_as_undisturbed(script, kills, images, undisturb
 
 @pytest.mark.parametrize("script", ["cr_qat", "flat_quant"])
 def test_killed_at_a_checkpoint_and_resumed(script, images, undisturbed, tmp_path):
-    """Each run goes on from the one before; the last kill is between checkpoint and result. At the
-    end a finished run is resumed, which changes nothing."""
+    """The last kill is between checkpoint and result. A finished run resumed changes nothing."""
     for moment in ((1, "before"), (2, "after"), (2, "before"), (3, "after")):
         assert drive(script, images, tmp_path, "--resume", moment=moment) == -9
     assert drive(script, images, tmp_path, "--resume") == 0
@@ -147,12 +146,11 @@ def assert_one_line(result, says: str, code: int = 2, out: Path | None = None) -
     assert not out or not any(p.is_file() and p.stat().st_size for p in out.rglob("*"))
 
 
-class Trap:
-    def __reduce__(self):
-        return os.mkdir, ("trap",)
-
-
 def test_damaged_checkpoints_are_refused_and_run_no_code(run, images, tmp_path, monkeypatch):
+    class Trap:
+        def __reduce__(self):
+            return os.mkdir, ("trap",)
+
     def as_file(content):
         file = io.BytesIO()
         torch.save(content, file)
@@ -169,7 +167,7 @@ def test_damaged_checkpoints_are_refused_and_run_no_code(run, images, tmp_path, 
                         as_file(state | {"identity": state["identity"] | {"pad": 3}}),
                         as_file({k: v for k, v in state.items() if k != "optimizer"})):
             file.write_bytes(damaged)
-            assert_one_line(run("fpq", *flags, "--resume"), f"{file} is damaged or not ours")
+            assert_one_line(run("fpq", *flags, "--resume"), f"{file} is damaged or")
             assert file.read_bytes() == damaged and not Path("trap").exists()
         file.write_bytes(whole)
 
@@ -184,7 +182,7 @@ def test_full_disk_is_one_line_and_leaves_nothing_half_written(run, tmp_path):
         assert_one_line(run("fpq", *SHAPES), "File too large", out=tmp_path)
         disk_of(30)
         common.record(tmp_path, {"first": 1})
-        with pytest.raises(OSError, match="disk is full"):
+        with pytest.raises(OSError, match="results.jsonl.* disk"):
             common.record(tmp_path, {"second": "x" * 100})
     finally:
         disk_of(limit)
