@@ -182,9 +182,6 @@ def test_parameters_and_macs_are_those_of_the_readme(name):
     model = build_model(name, 10)
     assert sizes(model) == SIZES[name]
     assert model(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
-    norms, convs = (sum(isinstance(m, kind) for m in model.modules())
-                    for kind in (nn.BatchNorm2d, nn.Conv2d))
-    assert name == "vit_tiny" or norms == convs
 
 
 def test_sizes_of_mobilenet_v1_at_224_pixels_are_the_published_ones():

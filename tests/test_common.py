@@ -229,7 +229,7 @@ def test_augmentation_and_batch_norm_of_all_results(script, augment, pad, more, 
     monkeypatch.setattr(common.Data, "cut", lambda *args: drawn.append(args) or cut(*args))
     result = run(script, *SHAPES, "--augment", augment, "--pad", str(pad), *more.split())
     assert result.code == 0 and {r["method"] for r in result.results} == finished
-    for _, _, row, column, mirrored in drawn:
+    for _, _, row, column, mirrored in (args for args in drawn if len(args[1]) == 32):  # batches
         moves = [*range(-pad, pad + 1)] if "crop" in augment else [0]
         assert row.unique().tolist() == column.unique().tolist() == moves
         assert len(moves) == 1 or not torch.equal(row, column)

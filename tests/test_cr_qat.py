@@ -168,6 +168,7 @@ def test_everything_as_a_user_runs_it(run, monkeypatch):
     done = run("cr_qat", *flags.split())
     assert [row["method"] for row in done.results] == [
         "fp", "baseline", "baseline-ema", "two-view", "pi", "fp-teacher", "cr", "cr-ema"]
+    assert len({row["loss"] for row in done.results}) == 7  # for two steps pi equals cr
     assert "nan" not in done.out and all(words in done.out for words in (
         "20 training images", "noise on each weight", "entropy", "change their integer"))
     assert len(forces) == 3 and min(forces) > 0.01

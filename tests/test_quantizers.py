@@ -173,16 +173,17 @@ def test_lsq_plus_value_and_gradients_match_the_closed_form():
         assert_close(p.grad, expected / math.sqrt(200 * 3))
 
 
-@pytest.mark.parametrize("zero", [0, 1])
-def test_pact_matches_the_closed_form_and_alpha_moves_as_if_it_were_the_parameter(zero):
+@pytest.mark.parametrize("bits,zero", [(2, 0), (2, 1), (1, 0)])
+def test_pact_matches_the_closed_form_and_alpha_moves_as_if_it_were_the_parameter(bits, zero):
     """dx_hat/dalpha = [x >= alpha]; with negative data -z / (q_max - z) where x <= -z s."""
-    q, alpha = PACT(2), 3.0 - zero
+    q, alpha = PACT(bits), 2.0**bits - 1 - zero
     nn.init.ones_(q.step_size)
     q.zero_point.fill_(zero)
     optimizer = torch.optim.SGD(q.parameters(), 0.01, weight_decay=0.5)
-    x = torch.tensor([-4.0, 0.4, 1.3, alpha - 0.1, alpha, 5.0], requires_grad=True)
+    x = torch.tensor([-4.0, 0.5, alpha - 0.4, alpha - 0.1, alpha, 5.0], requires_grad=True)
     out = q(x)
-    assert out.tolist() == [-zero, 0, 1, alpha, alpha, alpha]
+    assert out.tolist() == [-zero, 0, alpha, alpha, alpha, alpha]  # 0.5 is a tie, also here:
+    assert torch.equal(q.integers(x)[0] - zero, out)
     out.backward(torch.tensor([1.0, 2, 3, 4, 5, 6]))
     assert x.grad.tolist() == [0, 2, 3, 4, 0, 0]
     optimizer.step()
