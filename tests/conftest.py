@@ -19,7 +19,7 @@ import flat_quant  # noqa: E402
 CPU = ["--device", "cpu"]
 SHAPES = [*CPU, "--dataset", "shapes", "--dry-run"]
 LONG = {"matrix": "every script, network, quantizer and bits: an hour",
-        "kills": "forty kills at random moments: some minutes"}
+        "kills": "forty kills at random moments: two minutes"}
 
 
 def pytest_configure(config):
