@@ -617,7 +617,7 @@ def read_folder(data_dir, name):
             for a in ([image for image, _ in part], part.targets)]
 
 
-def draw_shapes(*_, train=3200, test=1000, seed=0):
+def draw_shapes(*_, train=2560, test=1000, seed=0):
     """Ten classes drawn by one formula: 0, 2, 3, 4 or 6 lobes, filled or hollow, of random place,
     size, turn and brightness, in coloured noise.
 

@@ -102,7 +102,7 @@ def excess_kurtosis(t: Tensor) -> float:
 
 @torch.no_grad()
 def layer_inputs(model: nn.Module, images: Tensor) -> list[Tensor]:
-    """The input of each layer for `images`, the layers in order of definition."""
+    """The input of each layer for `images`, in order of definition, in the mode the model is in."""
     inputs = {}
     with hooked(weight_layers(model).values(),
                 before=lambda layer, args: inputs.update({layer: args[0]})):
