@@ -152,13 +152,10 @@ class DifferentialWeightNoise:
 
         W <- W + n_t - n_(t-1),   n_t = lambda (mu + sigma e),   e ~ N(0, 1)
 
-    The noise of one step is gone in the next: with w = W - n it is w <- w - lr dL/dw(w + n), which
-    is Anti-PGD (Orvieto et al. 2022) with the statistics of quantization. The network holds w, and
-    n is added within `injected` only, so what is evaluated, saved and averaged is w.
-
-    `measure` takes the statistics anew at the start of each epoch [choice; the authors average them
-    over epochs with memory 0.9, which suits their 120]. `isotropic` gives every weight zero-mean
-    noise of one variance; the sum of squares over all weights is unchanged.
+    With w = W - n it is w <- w - lr dL/dw(w + n): Anti-PGD (Orvieto et al. 2022) with statistics of
+    quantization. The network holds w. The statistics are taken anew at the start of each epoch
+    [choice; the authors average over their 120 with memory 0.9]. `isotropic` gives every weight
+    zero-mean noise of one variance; the sum of squares over all weights is unchanged.
     """
 
     def __init__(self, model: nn.Module, bits: int, isotropic: bool = False):

@@ -141,8 +141,7 @@ def csd_loss(student_feats: list[Tensor], teacher_feats: list[Tensor]) -> Tensor
         L_CSD = mean_l mean_(n,c,...) (z~_student - z~_teacher)^2
 
     The published sum over elements and layers grows with batch, image and depth and drowns the
-    cross-entropy; the means are ours [choice]. From 0 (equal but for shift and scale) to 4
-    (mirrored).
+    cross-entropy; the means are ours [choice]. From 0 (equal but for scale) to 4 (mirrored).
     """
     distances = [channel_distance(s, t) for s, t in zip(student_feats, teacher_feats, strict=True)]
     return torch.stack(distances).mean()  # Eq. 17
