@@ -159,7 +159,6 @@ def train(args: Namespace, data: Data, method: str, seed: int, network: nn.Modul
     consistent = args.lambda_max > 0 and by not in (None, "label")
     views = [views[0], views[-1]][:2 if consistent or by == "label" else 1]
     alpha = 0 if by == "student" else args.ema  # 0: a copy of the student
-    averages = by in ("student", "average") or args.controls
 
     for epoch in run.epochs():
         average.train()
@@ -186,8 +185,7 @@ def train(args: Namespace, data: Data, method: str, seed: int, network: nn.Modul
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            if averages:
-                ema_update(average, student, epoch * data.steps(args.batch_size) + i, alpha)
+            ema_update(average, student, epoch * data.steps(args.batch_size) + i, alpha)
             run.log(loss=loss, ce=cross_entropy)
             if args.diagnose:
                 run.log(moved=(weight_bins(student) != before).float().mean())
