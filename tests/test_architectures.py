@@ -199,13 +199,13 @@ def test_a_block_of_vit_tiny_is_torchs_encoder_layer():
 
 
 class HeadFirst(nn.Module):
-    """Its last layer is defined first, one layer is used twice, and one never."""
+    """Its last layer is defined first, its middle last; one layer is used twice, and one never."""
 
     def __init__(self):
         super().__init__()
-        self.head, self.middle = nn.Linear(8, 3), nn.Conv2d(8, 8, 3, padding=1)
-        self.again, self.unused = self.middle, nn.Linear(2, 2)
-        self.stem, self.mixer = nn.Conv2d(3, 8, 3), nn.Conv1d(8, 8, 1)
+        self.head, self.stem = nn.Linear(8, 3), nn.Conv2d(3, 8, 3)
+        self.unused, self.mixer = nn.Linear(2, 2), nn.Conv1d(8, 8, 1)
+        self.middle = self.again = nn.Conv2d(8, 8, 3, padding=1)
 
     def forward(self, x):
         x = self.again(self.middle(self.stem(x)).relu()).relu()
