@@ -64,7 +64,7 @@ def fake_quantize_definition(x: Tensor, step_size: Tensor, zero_point: float, qm
 
 def fake_quantize(x: Tensor, step_size: Tensor, zero_point: Tensor | float, qmin: int, qmax: int,
                   grad_scale: float = 1.0) -> Tensor:
-    """The same in fewer passes over memory, twice differentiable.
+    """The same in fewer passes over memory, twice differentiable; x on a bound has no gradient.
 
         dx_hat/dx = 1 if q_min < x/s + z < q_max else 0             compares x/s, not round(x/s)
         dx_hat/ds = (x_hat - x)/s inside, q_min - z below, q_max - z above
@@ -194,7 +194,7 @@ class Quantizer(nn.Module):
             high = torch.maximum(-low, high)
             low = -high
         s = (high - low) / self.qmax  # Eq. 4
-        # A channel of zeros has no range: it takes the largest step size of the others, or 1.
+        # A channel of zeros has no range: it takes the others' largest step size, or 1, as range.
         s = torch.where(s > TINY, s, s.max() if s.max() > TINY else s + 1)
         z = s * 0 + 0.5 if one_bit_weight else (self.qmax - high / s).round()  # Eq. 5
         rows = rows[:, ::rows.shape[1] // 65536 | 1]  # a sample is enough; odd, to meet all columns
@@ -206,7 +206,8 @@ class Quantizer(nn.Module):
         self.ready = False
 
     def integers(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(n, s, z) with x_hat = (n - z) * s bit for bit; n: whole numbers from 0 to qmax."""
+        """(n, s, z) with x_hat = (n - z) * s bit for bit; n: whole numbers from 0 to qmax. LSQ+
+        takes x - beta, and beta comes on top."""
         s, z = self.grid(x)
         part = z % 1
         return (x / s + part).round().add(z - part).clamp(0, self.qmax), s, z
