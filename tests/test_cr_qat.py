@@ -175,6 +175,15 @@ def test_everything_as_a_user_runs_it(run, monkeypatch):
     assert all(f"; {force:.2f}" in done.out for force in forces)
 
 
+def test_controls_asked_for_on_resume_evaluate_the_same_average(run, tmp_path):
+    flags = "--dry-run", "--dataset", "shapes", "--out", str(tmp_path / "resumed")
+    run("cr_qat", *flags, "--method", "baseline")
+    run("cr_qat", *flags, "--resume", "--controls")
+    results = run("cr_qat", *flags[:-1], str(tmp_path / "fresh"), "--controls").results
+    one, other = (row["loss"] for row in results if row["method"] == "baseline-ema")
+    assert one == other
+
+
 def test_ablation_has_a_row_for_each_view(run, monkeypatch):
     record_forces(monkeypatch)
     flags = "--dry-run --dataset shapes --method baseline --ablate"
