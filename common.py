@@ -396,38 +396,28 @@ def mobilenet_v1(classes):
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(1024, classes))
 
 
-class ViTBlock(nn.Module):
-    """x + attention(norm(x)), then x + fc2(gelu(fc1(norm(x)))): N x T x width. The products of
-    features in the attention are modules, for `quantize` to find."""
+class Attention(nn.Module):
+    """Self-attention of N x T x width, called as torch's own is. The products of features are
+    modules, for `quantize` to find."""
 
     def __init__(self, width, heads):
         super().__init__()
-        self.heads, self.norm1, self.norm2 = heads, nn.LayerNorm(width), nn.LayerNorm(width)
+        self.heads, self.scores, self.mix = heads, Product(), Product()
         self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.fc1, self.fc2 = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
-        self.scores, self.mix = Product(), Product()
 
-    def forward(self, x):
-        q, k, v = self.qkv(self.norm1(x)).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+    def forward(self, x, *_, **__):
+        q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         weights = (self.scores(q, k.transpose(2, 3)) * q.shape[3] ** -0.5).softmax(3)
-        x = x + self.proj(self.mix(weights, v).transpose(1, 2).flatten(2))
-        return x + self.fc2(F.gelu(self.fc1(self.norm2(x))))
+        return self.proj(self.mix(weights, v).transpose(1, 2).flatten(2)), None
 
 
-class ViT(nn.Module):
-    """Vision transformer for N x 3 x 32 x 32: 64 patches of 4 x 4, whose mean is classified. Width
-    and heads are those of DeiT-Ti, which has depth 12 and a class token."""
-
-    def __init__(self, classes, depth, width=192, heads=3):
-        super().__init__()
-        self.patches = nn.Conv2d(3, width, 4, 4)
-        self.position = nn.Parameter(0.02 * torch.randn(1, 64, width))
-        self.blocks = nn.Sequential(*(ViTBlock(width, heads) for _ in range(depth)))
-        self.norm, self.fc = nn.LayerNorm(width), nn.Linear(width, classes)
-
-    def forward(self, x):
-        x = self.patches(x).flatten(2).transpose(1, 2) + self.position
-        return self.fc(self.norm(self.blocks(x)).mean(1))
+def vit_tiny(classes, depth):
+    """torchvision's vision transformer on 64 patches of 4 x 4; width and heads are those of
+    DeiT-Ti, which has depth 12."""
+    model = torchvision.models.VisionTransformer(32, 4, depth, 3, 192, 768, num_classes=classes)
+    for block in model.encoder.layers:
+        block.self_attention = Attention(192, 3)
+    return model
 
 
 MODELS = ["resnet8", "resnet20", "resnet18", "resnet50", "mobilenet_v1", "mobilenet_v2", "vit_tiny"]
@@ -440,7 +430,7 @@ def build_model(name: str, classes: int, depth: int = 4) -> nn.Module:
     without pooling, MobileNetV2 strides of 1 in two places. `depth` is the blocks of vit_tiny.
     """
     if name == "vit_tiny":
-        return ViT(classes, depth)
+        return vit_tiny(classes, depth)
     if name == "mobilenet_v1":
         return mobilenet_v1(classes)
     if name in ("resnet8", "resnet20"):  # resnet8 is that of MLPerf Tiny, 78 k parameters
@@ -625,16 +615,15 @@ def draw_shapes(*_, train=2560, test=1000, seed=0):
         drawn where  h < rho / (r (1 + 0.4 cos(lobes * theta))) < 1,  h = 0.55 if hollow, else -1
     """
     rng, n = np.random.default_rng(seed), train + test
-    kind, u = rng.permutation(np.arange(n) % 10), rng.random((6, n, 1, 1))
+    kind, u = rng.permutation(np.arange(n) % 10)[:, None, None], rng.random((6, n, 1, 1))
     lobes, h = np.array([0, 2, 3, 4, 6])[kind % 5], np.where(kind > 4, 0.55, -1)
     dx, dy = np.arange(32) - 12 - 7 * u[0], np.arange(32)[:, None] - 12 - 7 * u[1]
-    wave = np.cos(lobes[:, None, None] * (np.arctan2(dy, dx) + 7 * u[3]))
+    wave = np.cos(lobes * (np.arctan2(dy, dx) + 7 * u[3]))
     rho, edge = np.hypot(dx, dy), (6 + 4 * u[2]) * (1 + 0.4 * wave)
-    cover = (0.5 + np.minimum(edge - rho, rho - h[:, None, None] * edge)).clip(0, 1)  # soft edge
+    cover = (0.5 + np.minimum(edge - rho, rho - h * edge)).clip(0, 1)  # soft edge
     image = (1 - cover) * 0.5 * u[4] + cover * (0.5 + 0.5 * u[5])
-    image = np.stack([image + rng.normal(0, 0.06, image.shape) for _ in range(3)], 3)
-    image = (255 * image.clip(0, 1)).astype(np.uint8)
-    x, y = torch.from_numpy(image), torch.from_numpy(kind)
+    image = rng.normal(image, 0.06, (3, *image.shape)).clip(0, 1).transpose(1, 2, 3, 0)
+    x, y = torch.from_numpy((255 * image).astype(np.uint8, "C")), torch.from_numpy(kind.flatten())
     return x[:train], y[:train], x[train:], y[train:]
 
 
@@ -914,10 +903,6 @@ class Run:
         for name, value in losses.items():
             self.sums[name] = self.sums.get(name, 0) + value.detach()
 
-    def note(self, **numbers: float | tuple[float, ...]) -> None:
-        """Keep numbers of this epoch in the history, so that they survive a resume."""
-        self.notes |= numbers
-
     def finish(self, model: nn.Module | None = None, **row) -> dict:
         """The result of the trained network, or of another `model` of this run; `row` sets or
         changes entries. One line of results.jsonl, however often the run is resumed.
@@ -978,13 +963,10 @@ def full_precision(args: Namespace, data: Data) -> tuple[nn.Module, dict]:
 
 def per_seed(args: Namespace) -> Iterator[tuple[Namespace, int, Data]]:
     """(args, seed, data) for every --seed. Where --fp-seed is "same", it is that seed."""
-    same, data = args.fp_seed == "same", None
     for seed in args.seed:
-        if same:
-            args = Namespace(**vars(args) | {"fp_seed": seed})
-        if same or data is None:
-            data = load_data(args)
-        yield args, seed, data
+        fp_seed = seed if args.fp_seed == "same" else args.fp_seed
+        args_of_seed = Namespace(**vars(args) | {"fp_seed": fp_seed})
+        yield args_of_seed, seed, load_data(args_of_seed)
 
 
 def print_row(*cells) -> None:

@@ -178,7 +178,7 @@ def train(args: Namespace, data: Data, method: str, seed: int, network: nn.Modul
                 consistency = consistency_loss(logits, teacher_logits)
                 term = args.lambda_max * ramp_up(run.time, args.ramp_epochs) * consistency
                 if args.diagnose and "force" not in run.notes:
-                    run.note(force=common.gradient_ratio(term, cross_entropy, student))
+                    run.notes["force"] = common.gradient_ratio(term, cross_entropy, student)
                 loss = cross_entropy + term  # L = CE + lambda(t) L_con
                 run.log(consistency=consistency)
             before = weight_bins(student) if args.diagnose else None
@@ -190,7 +190,7 @@ def train(args: Namespace, data: Data, method: str, seed: int, network: nn.Modul
             if args.diagnose:
                 run.log(moved=(weight_bins(student) != before).float().mean())
         if args.diagnose:
-            run.note(trace=common.sharpness(student, data))
+            run.notes["trace"] = common.sharpness(student, data)
     results = [run.finish()]
     if args.controls and by in (None, "average"):
         results.append(run.finish(average, method=run.method + "-ema"))

@@ -220,14 +220,14 @@ def train(args: Namespace, data: Data, method: str, seed: int,
                 if kd_weight:
                     term = kd_weight * kd_loss(logits, teacher_logits, args.kd_temperature)
                 if args.diagnose and (csd_weight or kd_weight) and "force" not in run.notes:
-                    run.note(force=common.gradient_ratio(term, cross_entropy, student))
+                    run.notes["force"] = common.gradient_ratio(term, cross_entropy, student)
                 loss = cross_entropy + term  # Eq. 22
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
                 run.log(loss=loss, ce=cross_entropy)
         if args.diagnose:
-            run.note(trace=common.sharpness(student, data))
+            run.notes["trace"] = common.sharpness(student, data)
     return student.eval(), run.finish(), run.history
 
 

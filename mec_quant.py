@@ -233,14 +233,14 @@ def train(args: Namespace, data: Data, method: str, seed: int,
             if kd_weight:
                 term = kd_weight * kd_loss(logits, teacher_logits)
             if args.diagnose and (beta or kd_weight) and "force" not in run.notes:
-                run.note(force=common.gradient_ratio(term, cross_entropy, student))
+                run.notes["force"] = common.gradient_ratio(term, cross_entropy, student)
             loss = cross_entropy + term  # CE - beta L / L_max
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             run.log(loss=loss, ce=cross_entropy)
         if args.diagnose:
-            run.note(series=series_errors(args, features_of(student, data)))
+            run.notes["series"] = series_errors(args, features_of(student, data))
     return student.eval(), run.finish(), run.history
 
 

@@ -159,7 +159,7 @@ def test_run_follows_the_schedule_and_keeps_means_and_notes(parse, tiny_data):
             rates.append(run.parts["optimizer"].param_groups[1]["lr"])
             times.append(run.time)
             run.log(loss=torch.tensor(float(epoch + i)))
-        run.note(noted=-epoch)
+        run.notes["noted"] = -epoch
     assert rates == pytest.approx([0.125, 0.25, 0.375, 0.5, 0.375, 0.125])  # a rise, then a cosine
     assert times == [0, 0.5, 1, 1.5, 2, 2.5]
     acc, loss = common.evaluate(run.parts["model"], tiny_data)

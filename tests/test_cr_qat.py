@@ -189,11 +189,3 @@ def test_ablation_has_a_row_for_each_view(run, monkeypatch):
     flags = "--dry-run --dataset shapes --method baseline --ablate"
     rows = [(row["method"], row["views"]) for row in run("cr_qat", *flags.split()).results[2:]]
     assert rows == [(f"cr-{view}", [view]) for view in cr_qat.VIEWS]
-
-
-def test_bad_input_is_one_line(run):
-    for flags, says in (
-            ("--labels 5", "--labels 5 should be"), ("--views none none none", "--views takes"),
-            ("--labels 20 --batch-size 2", "--batch-size 4")):
-        done = run("cr_qat", *f"--dry-run --dataset shapes {flags}".split())
-        assert done.code == 2 and says in done.err and len(done.err.strip().splitlines()) == 1

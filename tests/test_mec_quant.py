@@ -160,9 +160,3 @@ def test_everything_as_a_user_runs_it(run, monkeypatch):
         ("fp", 32, 32), *((method, 4, 1) for method in mec_quant.METHODS)]
     assert len(forces) == 5 and f"{forces[-2]:+.4f}" in done.out and "nan" not in done.out
     assert all(words in done.out for words in ("effective rank", "series of", "experts of"))
-
-
-def test_bad_input_is_one_line(run):
-    for flags, says in (("--order 3", "even"), ("--order 2", "--method mec")):
-        done = run("mec_quant", "--dry-run", *flags.split())
-        assert done.code == 2 and says in done.err and len(done.err.strip().splitlines()) == 1

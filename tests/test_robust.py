@@ -198,7 +198,7 @@ BAD = dict(case.split() for case in """
     --eps2 0,  --experts 65,  --rho 2,  --sam-rho -1,  --noise-lambda +,  --noise-bits 1,
     --mod resnet8""".split(","))
 MORE = {"fpq": [], "cr_qat": ["--views none flip none", "--labels 6 --batch-size 2"],
-        "mec_quant": ["--order 2"], "flat_quant": ["--method weight+isotropic", "--method +"]}
+        "mec_quant": ["--order 2 --method branch"], "flat_quant": ["--method weight+isotropic", "--method +"]}
 
 
 @pytest.mark.parametrize("script", FLAGS)
