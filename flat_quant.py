@@ -16,8 +16,8 @@ our own decisions are marked [choice].
     dW, dx                 quantization_error(t, quantizer)                           authors
     W dx, dW x, the rest   error_decomposition(layer, x): AQE, WQE, cross             authors
     n_t = l (mu + s e)     DifferentialWeightNoise.injected(l)                        authors
-    x + M l (mu + s e)     ActivationNoise, M ~ Bernoulli(rho)                        authors
-    rho g / |g|            SAM.ascended (Foret et al. 2021)                           ancestor
+    x + M l (mu + s e)     ActivationNoise, M ~ Bernoulli(P), P by --rho and --mask   authors
+    rho g / |g|            common.SAM.ascended (Foret et al. 2021)                    ancestor
     lambda, its ramp       --noise-lambda, --ramp-epochs                              authors
 
     python flat_quant.py --bits 4                      plain and flat network, before and after PTQ
@@ -32,12 +32,13 @@ from contextlib import contextmanager, nullcontext
 import common
 import torch
 import torch.nn.functional as F
-from common import Data, Quantizer, Run, hooked, print_row, weight_layers
+from common import SAM, Data, Quantizer, Run, hooked, print_row, shifted, weight_layers
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 PAPER = {"model": "resnet18", "dataset": "cifar100", "wbits": 2, "abits": 4, "batch_size": 256,
-         "fp_lr": 0.015, "fp_weight_decay": 5e-4, "fp_epochs": 120, "ramp_epochs": 20.0, "pad": 4}
+         "fp_lr": 0.015, "fp_weight_decay": 5e-4, "fp_epochs": 120, "ramp_epochs": 20.0, "pad": 4,
+         "label_smoothing": 0.1}  # the authors'; their averaging at a held rate is not built
 
 # sgd is the plain network; the weight noises are told apart in `train`.
 WEIGHT_NOISES = ["weight", "additive", "isotropic", "wrong-bits"]
@@ -56,6 +57,8 @@ def parse_args() -> Namespace:
         ("--noise-lambda", number(float, 0, 1e3), 1.0, "noise relative to the measured error"),
         ("--ramp-epochs", number(float, 0, 1e6), 5.0, "until lambda is reached"),
         ("--rho", number(float, 0, 1), 0.5, "share of the activations with noise"),
+        ("--mask", ["uniform", "salience"], "uniform", "which of them, ActivationNoise.chance"),
+        ("--label-smoothing", number(float, 0, 1), 0.0, "of the labels in training"),
         ("--sam-rho", number(float, 0, 1e3), 0.05, "radius of SAM's ascent"),
         ("--noise-bits", number(int, 2, 8), 8, "at which wrong-bits, a control, measures"),
         ("--study", bool, False, "train all methods"),
@@ -129,22 +132,7 @@ def measure(args: Namespace, data: Data, network: nn.Module) -> None:
         print_row(name, *(f"{v:.4f}" for v in (*error_decomposition(layer, x).values(), *shape)))
 
 
-# ------------------------------------------------------------------------- the noises, and SAM
-
-
-@contextmanager
-def shifted(params: list[Tensor], shifts: list[Tensor]) -> Iterator[None]:
-    """Within: params + shifts. After: the shifts are taken out, bit for bit if nothing else
-    happened to the parameters; a training step taken within is kept."""
-    with torch.no_grad():
-        latent = [p.clone() for p in params]
-        moved = [p.add_(shift).clone() for p, shift in zip(params, shifts)]
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for p, w, m in zip(params, latent, moved):
-                p.copy_(w + (p - m))
+# ------------------------------------------------------------------------------------- the noises
 
 
 class DifferentialWeightNoise:
@@ -186,13 +174,14 @@ class ActivationNoise:
     """Gaussian noise like the activations' quantization error, by layer input, on a random share of
     the elements (all of them would be too much):
 
-        x <- x + M lambda (mu + sigma e),   M ~ Bernoulli(rho),   e ~ N(0, 1)
+        x <- x + M lambda (mu + sigma e),   M ~ Bernoulli(P), P = `chance`,   e ~ N(0, 1)
 
     At the input of every layer [choice; the authors: at the outputs of ReLUs], within `injected`.
     """
 
-    def __init__(self, model: nn.Module, bits: int, rho: float, quantizer: str = "lsq"):
-        self.model, self.rho, self.bits = model, rho, layer_bits(model, bits)
+    def __init__(self, model: nn.Module, bits: int, rho: float, quantizer: str = "lsq",
+                 mask: str = "uniform"):
+        self.model, self.rho, self.mask, self.bits = model, rho, mask, layer_bits(model, bits)
         self.quantizer = common.QUANTIZERS[quantizer]
 
     @torch.no_grad()
@@ -204,11 +193,22 @@ class ActivationNoise:
         self.statistics = {layer: (e.mean(), e.std(correction=0)) for layer, e in zip(
             weight_layers(self.model).values(), errors)}
 
+    def chance(self, x: Tensor) -> Tensor | float:
+        """P, of an element of x to have noise: rho or, by "salience", for each image and channel
+
+            P = clip(softmax(I) C rho, 0, 1),   I = mean of |x| over space or tokens, C channels
+        """
+        if self.mask == "uniform":
+            return self.rho
+        channel, over = {4: (1, (2, 3)), 3: (2, 1), 2: (1, None)}[x.dim()]
+        salience = x.abs().mean(over, keepdim=True) if over else x.abs()
+        return (salience.softmax(channel) * x.shape[channel] * self.rho).clamp_max(1)
+
     def perturb(self, x: Tensor, mean: Tensor, std: Tensor, strength: float) -> Tensor:
         noise = torch.empty_like(x)
         # Drawn in memory order: on the CPU eight times as fast for channels_last images.
         (noise if noise.is_contiguous() else noise.movedim(1, -1)).normal_()
-        noise.mul_(std).add_(mean).mul_(torch.rand_like(x) < self.rho)
+        noise.mul_(std).add_(mean).mul_(torch.rand_like(x) < self.chance(x))
         return x + noise.mul_(strength)
 
     def injected(self, strength: float):
@@ -217,30 +217,6 @@ class ActivationNoise:
             return self.perturb(inputs[0], *self.statistics[layer], strength)
 
         return hooked(self.statistics, before=before)
-
-
-class SAM:
-    """Sharpness-aware minimisation (Foret et al. 2021): the gradient at w + rho g / |g|."""
-
-    def __init__(self, model: nn.Module, rho: float):
-        self.model, self.rho = model, rho
-
-    @contextmanager
-    def ascended(self) -> Iterator[None]:
-        """Within: parameters w + rho g / |g|, g their .grad on entry; after: w. Batch norm takes
-        its statistics from the pass before."""
-        params = [p for p in self.model.parameters() if p.grad is not None]
-        norms = [m for m in self.model.modules() if isinstance(m, nn.BatchNorm2d)]
-        norm = nn.utils.get_total_norm([p.grad for p in params]).clamp_min(common.TINY)
-        momenta = [m.momentum for m in norms]
-        for m in norms:
-            m.momentum = 0.0
-        try:
-            with shifted(params, [p.grad * (self.rho / norm) for p in params]):
-                yield
-        finally:
-            for m, momentum in zip(norms, momenta):
-                m.momentum = momentum
 
 
 # ----------------------------------------------------------------------------------- the training
@@ -256,7 +232,7 @@ def train(args: Namespace, data: Data, method: str, seed: int) -> dict[str, tupl
     """
     parts, on_weights, on_activations = method.split("+"), None, None
     torch.manual_seed(common.random_stream("weights", seed))
-    model = common.build_model(args.model, data.classes, args.depth)
+    model = common.build_model(args.model, data.classes, args.depth, args.stem)
     model = model.to(args.device, memory_format=torch.channels_last)
     optimizer = common.fp_optimizer(args, model)
     average, sam = AveragedModel(model), SAM(model, args.sam_rho)
@@ -264,12 +240,13 @@ def train(args: Namespace, data: Data, method: str, seed: int) -> dict[str, tupl
         bits = args.noise_bits if "wrong-bits" in parts else args.wbits
         on_weights = DifferentialWeightNoise(model, bits, "isotropic" in parts)
     if "activation" in parts and args.noise_lambda:
-        on_activations = ActivationNoise(model, args.abits, args.rho, args.quantizer)
+        on_activations = ActivationNoise(model, args.abits, args.rho, args.quantizer,
+                                         args.mask)
     run = Run(args, data, method, seed, args.fp_epochs, warmup=0.1, model=model,
               optimizer=optimizer, average=average)
 
     def backward(images, labels):
-        loss = F.cross_entropy(model(images), labels)
+        loss = F.cross_entropy(model(images), labels, label_smoothing=args.label_smoothing)
         optimizer.zero_grad()
         loss.backward()
         return loss

@@ -23,7 +23,6 @@ channel-wise standardized distillation (CSD). The loss is cross-entropy plus CSD
 from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from functools import partial
 
 import common
 import torch
@@ -31,14 +30,14 @@ import torch.nn.functional as F
 from common import Data, Run, calibrate, full_precision, hooked, print_row, quantize, sgd
 from torch import Tensor, nn
 
-PAPER = {"model": "resnet18", "dataset": "cifar10", "batch_size": 256, "lr": 0.01, "epochs": 200,
-         "weight_decay": 5e-4, "p": 0.1,  # section 4; the full-precision recipe is [choice]
+PAPER = {"model": "resnet18", "stem": "imagenet", "dataset": "cifar10", "batch_size": 256,
+         "lr": 0.01, "epochs": 200, "weight_decay": 5e-4, "p": 0.1,
+         # So far section 4, but for the stem, which we infer; full precision's are [choice]s.
          "fp_epochs": 200, "fp_lr": 0.1, "fp_weight_decay": 5e-4, "pad": 4}
 
-# Which of (--p, --csd-weight, --kd-weight) act in a method.
-METHODS = {"baseline": (0, 0, 0), "sfp": (1, 0, 0), "csd": (0, 1, 0), "fpq": (1, 1, 0),
-           "kd": (0, 0, 1)}
-ABLATION = ["baseline", "sfp", "csd", "fpq", "kd"]
+# Which of (--p, --csd-weight, --kd-weight, --sam-rho) act in a method; kd and sam are rivals.
+METHODS = {"baseline": (0, 0, 0, 0), "sfp": (1, 0, 0, 0), "csd": (0, 1, 0, 0),
+           "fpq": (1, 1, 0, 0), "kd": (0, 0, 1, 0), "sam": (0, 0, 0, 1)}
 
 
 def parse_args() -> Namespace:
@@ -50,14 +49,15 @@ def parse_args() -> Namespace:
         ("--method", list(METHODS), ["baseline", "fpq"], "what to train"),
         ("--p", common.number(float, 0, 1), 0.1, "Eq. 14: chance that a layer is perturbed"),
         ("--csd-weight", weight, 1.0, "of L_CSD in Eq. 22"),
-        ("--noise-at", ["operand", "input"], "operand",
-         "Eq. 16: noise after the input quantizer, or before it"),
+        ("--noise-at", ["operand", "input", "weight"], "operand",
+         "Eq. 16: noise after the input quantizer, before it, or on the quantized weight"),
         ("--kd-weight", weight, 1.0, "of the distillation of logits in kd"),
         ("--kd-temperature", common.number(float, 0.01, 1e3), 4.0, "of its softmax"),
-        ("--ablate", bool, False, f"train {' '.join(ABLATION)}"),
-        ("--diagnose", bool, False, "figures 1, 2, 3 and 5 of the paper, and the force of terms"))
+        ("--sam-rho", common.number(float, 0, 1e3), 0.05, "radius of SAM's ascent, in sam"),
+        ("--ablate", bool, False, f"train {' '.join(METHODS)}"),
+        ("--diagnose", bool, False, "figures 1 to 5 of the paper, and the force of terms"))
     args = common.parse(parser, PAPER)
-    args.method = list(dict.fromkeys((ABLATION if args.ablate else []) + args.method))
+    args.method = list(METHODS if args.ablate else dict.fromkeys(args.method))
     return args
 
 
@@ -68,9 +68,9 @@ def stochastic_feature_perturbation(x: Tensor, step_size: Tensor, p: float,
                                     generator: torch.Generator | None = None) -> Tensor:
     """SFP, Eq. 9 and 14: with probability p, x + delta, delta ~ U[-s/2, s/2] per element; else x.
 
-    x: any shape; step_size: a scalar. One coin per layer and step: noise in several layers at once
-    biases the expectation (Prop. 1). No gradient flows through delta [choice]. Without a generator
-    the coin is drawn on the CPU, so that no device is waited for.
+    x: any shape; step_size broadcasts against it. One coin per layer and step: noise in several
+    layers at once biases the expectation (Prop. 1). No gradient flows through delta [choice].
+    Without a generator the coin is drawn on the CPU, so that no device is waited for.
     """
     coin_device = generator.device if generator else "cpu"
     if torch.rand((), generator=generator, device=coin_device) >= p:
@@ -164,16 +164,17 @@ def perturbed(student: nn.Module, p: float, noise_at: str):
     """A context in which SFP acts, with chance p each, on the inputs of `layers_of` and on the
     factors of products in attention. A layer's output is w_hat * x_s (Eq. 16), so the noise is on
     the quantized operand. The other reading has it before the quantizer ("input"), which makes
-    rounding stochastic."""
+    rounding stochastic. Fig. 2 compares with noise on the quantized weights ("weight")."""
     def after(quantizer, inputs, x_hat):
-        return perturb(x_hat, quantizer.step_size)
+        return stochastic_feature_perturbation(x_hat, quantizer.grid(x_hat)[0], p)
 
     def before(quantizer, inputs):
-        return perturb(inputs[0], quantizer.step_size)
+        return stochastic_feature_perturbation(inputs[0], quantizer.grid(inputs[0])[0], p)
 
     if p == 0:
         return nullcontext()
-    perturb = partial(stochastic_feature_perturbation, p=p)
+    if noise_at == "weight":
+        return hooked([layer.weight_quantizer for layer in layers_of(student)], after=after)
     quantizers = [layer.input_quantizer for layer in layers_of(student)]
     quantizers += [q for m in student.modules() if isinstance(m, common.Product)
                    for q in m.children()]
@@ -199,11 +200,11 @@ def train(args: Namespace, data: Data, method: str, seed: int,
           network: nn.Module) -> tuple[nn.Module, dict, list[dict]]:
     """Algorithm 1: (quantized network, result, history). Student and teacher both start as the
     full-precision `network`; the teacher stays as it is, in eval mode."""
-    strengths = args.p, args.csd_weight, args.kd_weight
-    p, csd_weight, kd_weight = (on * strength for on, strength in zip(METHODS[method], strengths))
+    strengths = args.p, args.csd_weight, args.kd_weight, args.sam_rho
+    p, csd_weight, kd_weight, rho = (on * x for on, x in zip(METHODS[method], strengths))
     student, teacher = quantize(network, args.wbits, args.abits, args.quantizer), network
     calibrate(student, data.sample(100)[0])  # Eq. 4-5
-    optimizer = sgd(student, args.lr, args.weight_decay)
+    optimizer, sam = sgd(student, args.lr, args.weight_decay), common.SAM(student, rho)
     run = Run(args, data, method, seed, args.epochs, model=student, optimizer=optimizer)
 
     for _ in run.epochs():
@@ -224,9 +225,15 @@ def train(args: Namespace, data: Data, method: str, seed: int,
                 loss = cross_entropy + term  # Eq. 22
                 optimizer.zero_grad()
                 loss.backward()
+                if rho:  # the rival of Table 1: the gradient at the ascended weights
+                    with sam.ascended():
+                        optimizer.zero_grad()
+                        F.cross_entropy(student(images), labels).backward()
                 optimizer.step()
                 run.log(loss=loss, ce=cross_entropy)
         if args.diagnose:
+            grads = [layer.weight.grad for layer in layers_of(student)]
+            run.notes["gradient"] = nn.utils.get_total_norm(grads).item()  # of the last step
             run.notes["trace"] = common.sharpness(student, data)
     return student.eval(), run.finish(), run.history
 
@@ -244,63 +251,49 @@ def output_variance(model: nn.Module, images: Tensor, sigma: float, draws: int =
     return (noisy.var(0).mean() / model(images).var(0).mean()).item()
 
 
-def gradient_norm(model: nn.Module, data: Data, place: str, width: float) -> float:
-    """Fig. 2: norm of the loss gradient in the weights, with uniform noise `width` step sizes wide
-    on all quantized weights (place "weight_quantizer") or features ("input_quantizer"), 8 draws."""
-    def noise(quantizer, inputs, x_hat):
-        return x_hat + (torch.rand_like(x_hat) - 0.5) * (width * quantizer.grid(x_hat)[0]).detach()
-
-    torch.manual_seed(0)
-    images, labels = data.sample(256)
-    weights, norms = [layer.weight for layer in layers_of(model)], []
-    with hooked([getattr(layer, place) for layer in layers_of(model)], after=noise):
-        for _ in range(8):
-            grads = torch.autograd.grad(F.cross_entropy(model(images), labels), weights)
-            norms.append(nn.utils.get_total_norm(grads))
-    return torch.stack(norms).mean().item()
-
-
 @torch.no_grad()
-def feature_drift(model: nn.Module, network: nn.Module, images: Tensor) -> list[float]:
-    """Fig. 3: per layer, the mean over channels of |mean_quantized - mean_fp| / std_fp."""
-    with layer_outputs(model) as quantized, layer_outputs(network) as reference:
-        model(images), network(images)
-    drifts = []
-    for z, z_fp in zip(quantized, reference):
-        over = [0, *range(2, z.dim())]
-        drift = (z.mean(over) - z_fp.mean(over)).abs() / (z_fp.std(over) + 1e-5)
-        drifts.append(drift.mean().item())
-    return drifts
+def relu_output(model: nn.Module, images: Tensor) -> Tensor:
+    """Fig. 3, 4: what the second layer multiplies, values x channels; quantized if the layer is. In
+    the ResNets and MobileNets it is the output of a ReLU."""
+    def keep(layer, inputs):
+        x = getattr(layer, "input_quantizer", nn.Identity())(inputs[0])
+        found.append((x if x.dim() == 3 else x.movedim(1, -1)).flatten(0, -2))
+
+    found = []
+    with hooked([layers_of(model)[1]], before=keep):
+        model(images)
+    return found[0]
 
 
 def diagnose(data: Data, network: nn.Module, trained: dict[str, tuple]) -> None:
     """Print what the paper draws, for the networks of the last seed."""
-    images, _ = data.sample(256)
+    images, models = data.sample(256)[0], [network, *(model for model, *_ in trained.values())]
     print("\nFig. 1  variance of the logits under Gaussian input noise, relative")
     print_row("sigma", "fp", *trained)
     for sigma in (0.05, 0.1, 0.2, 0.4):
-        print_row(sigma, *(f"{output_variance(m, images, sigma):.4f}"
-                           for m in [network, *(model for model, *_ in trained.values())]))
-    print("\nFig. 2  gradient norm under noise `width` step sizes wide on weights | on features")
-    print_row("width", *trained)
-    for width in (0.0, 0.25, 0.5, 1.0):
-        pairs = ([gradient_norm(model, data, place, width)
-                  for place in ("weight_quantizer", "input_quantizer")]
-                 for model, *_ in trained.values())
-        print_row(width, *(f"{on_weights:.3f} | {on_features:.3f}"
-                           for on_weights, on_features in pairs))
-    print("\nFig. 3  drift of channel means from full precision, in its standard deviations")
-    print_row("layer", *trained)
-    drifts = [feature_drift(model, network, images) for model, *_ in trained.values()]
-    for layer, *row in zip(common.weight_layers(network), *drifts):  # all but the classifier
-        print_row(layer, *(f"{d:.4f}" for d in row))
-    print("\nFig. 5  Hessian trace ± standard error of the estimate, by epoch; force of the added "
-          "term,\n        |its gradient| / |that of the cross-entropy|")
-    print_row("epoch", *trained)
-    for row in zip(*(history for *_, history in trained.values())):
-        print_row(row[0]["epoch"], *(
-            f"{h['trace'][0]:.0f} ± {h['trace'][1]:.0f}; {h.get('force', 0):.2f}"
-            if "trace" in h else "not recorded" for h in row))  # trained without --diagnose
+        print_row(sigma, *(f"{output_variance(model, images, sigma):.4f}" for model in models))
+    values = [relu_output(model, images) for model in models]
+    print("\nFig. 3  mean, least and greatest value of the first channels of a ReLU's output")
+    print_row("channel", "fp", *trained)
+    for i, channels in zip(range(32), zip(*(v.T for v in values))):
+        print_row(i, *(f"{c.mean():.2f} {c.min():.2f} {c.max():.2f}" for c in channels))
+    print("\nFig. 4  distribution of that output; a # for 6 % of its values")
+    print_row("from", "fp", *trained)
+    low, high = (f(torch.stack([f(v) for v in values])).item() for f in (torch.min, torch.max))
+    shares = [v.histc(12, low, high) / v.numel() for v in values]
+    for i in range(12):
+        print_row(f"{low + (high - low) * i / 12:.2f}",
+                  *("#" * round(share[i].item() / 0.06) for share in shares))
+    for title, cell in (
+            ("Fig. 2  gradient norm", lambda h: f"{h['gradient']:.3f}"),
+            ("Fig. 5  Hessian trace ± standard error of the estimate; force of the added term,\n"
+             "        |its gradient| / |that of the cross-entropy|", lambda h:
+             f"{h['trace'][0]:.0f} ± {h['trace'][1]:.0f}; {h.get('force', 0):.2f}")):
+        print(f"\n{title}; by epoch")
+        print_row("epoch", *trained)
+        for row in zip(*(history for *_, history in trained.values())):
+            print_row(row[0]["epoch"], *(cell(h) if "trace" in h else "not recorded"
+                                         for h in row))  # trained without --diagnose
 
 
 def main() -> None:

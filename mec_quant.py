@@ -35,8 +35,9 @@ import torch.nn.functional as F
 from common import Data, Run, calibrate, full_precision, hooked, print_row, quantize, sgd
 from torch import Tensor, nn
 
-PAPER = {"model": "resnet18", "dataset": "cifar10", "batch_size": 256, "lr": 0.01, "epochs": 200,
-         "weight_decay": 5e-4,  # the authors' protocol in their FPQ paper; the rest is [choice]
+PAPER = {"model": "resnet18", "stem": "imagenet", "dataset": "cifar10", "batch_size": 256,
+         "lr": 0.01, "epochs": 200, "weight_decay": 5e-4,
+         # So far the authors' protocol in their FPQ paper, whose stem we infer; then [choice]s.
          "fp_epochs": 200, "fp_lr": 0.1, "fp_weight_decay": 5e-4, "pad": 4}
 
 # The gates of the mixture (None: no coding length), and whether --branch is exchanged.
@@ -64,6 +65,7 @@ def parse_args() -> Namespace:
         ("--order", even, None, "of the series, in mec; without it the exact value"),
         ("--experts", number(int, 1, 64), 3, "K: scales of the mixture"),
         ("--branch", ["self", "teacher"], "self", "Z2: Z, or full precision's features"),
+        ("--features", ["float", "quantized"], "float", "Z before or after its quantizer"),
         ("--kd-weight", number(float, 0, 1e6), 1.0, "of the distillation of logits, in kd only"),
         ("--ablate", bool, False, f"train {' '.join(METHODS)}"),
         ("--diagnose", bool, False, "rank of the features, series, experts, force of the term"))
@@ -197,12 +199,15 @@ def kd_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float =
 
 
 @contextmanager
-def penultimate(model: nn.Module) -> Iterator[list[Tensor]]:
-    """Within, a list that the last layer's inputs (N x d) are appended to: the pooled features, not
-    yet quantized [choice]."""
-    features, last = [], list(common.weight_layers(model).values())[-1]
-    with hooked([last], before=lambda layer, inputs: features.append(inputs[0])):
-        yield features
+def penultimate(model: nn.Module, features: str = "float") -> Iterator[list[Tensor]]:
+    """Within, a list that the last layer's inputs (N x d) are appended to: the pooled features,
+    "float" [choice] or "quantized"."""
+    def keep(layer, inputs):
+        found.append(layer.input_quantizer(*inputs) if features == "quantized" else inputs[0])
+
+    found = []
+    with hooked(list(common.weight_layers(model).values())[-1:], before=keep):
+        yield found
 
 
 # ----------------------------------------------------------------------------------- the training
@@ -221,7 +226,7 @@ def train(args: Namespace, data: Data, method: str, seed: int,
 
     for _ in run.epochs():
         for images, labels in run.batches():
-            with penultimate(student) as features:
+            with penultimate(student, args.features) as features:
                 logits = student(images)
             cross_entropy, term = F.cross_entropy(logits, labels), 0
             if by_teacher or kd_weight:
@@ -286,8 +291,7 @@ def diagnose(args: Namespace, data: Data, network: nn.Module, trained: dict) -> 
     for name, f in features.items():
         length, rank, top = spectrum(f, args.eps2)
         print_row(name, f"{length:.4f}", f"{rank:.2f}", f"{100 * top:.1f} %")
-    last = [n for n in trained if METHODS[n][0]][-1:] or list(trained)[-1:]
-    last = last[0]  # the last method with a mixture, if there is one
+    last = ([n for n in trained if METHODS[n][0]] or list(trained))[-1]  # with a mixture, if any
     print(f"\nby epoch: force of the term of {last}, |its gradient| / |that of the cross-entropy|; "
           f"spectral norm;\nrelative error of the series of orders {ORDERS}")
     for row in trained[last][2]:

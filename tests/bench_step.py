@@ -96,7 +96,7 @@ def child(pipe, flags, tree, script, method, peer=lambda common: None):
                 yield batch
 
     def untrained(args, data):
-        model = common.build_model(args.model, data.classes, args.depth).eval()
+        model = common.build_model(args.model, data.classes, args.depth, args.stem).eval()
         return model.to(args.device, memory_format=torch.channels_last), {}
     common.Data.batches, common.full_precision = one_by_one, untrained
     try:

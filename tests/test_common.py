@@ -241,7 +241,7 @@ def test_a_checkpoint_has_a_name_of_its_own_for_all_that_shapes_it(parse, tiny_d
         changed = Namespace(**vars(args) | changed)
         return linear_run(changed, data, seed, shared=shared).path.name
 
-    shared = "model depth augment pad batch_size fp_epochs fp_lr fp_weight_decay fp_seed tf32"
+    shared = "model depth stem augment pad batch_size fp_epochs fp_lr fp_weight_decay fp_seed tf32"
     not_shaping = ("data_dir dataset train_size val device recipe bits method command resume "
                    "dry_run deterministic ablate diagnose controls")
     args = parse("cr_qat")
@@ -313,10 +313,13 @@ def test_recipe_sets_what_no_flag_does_and_bits_win(parse, capsys):
     for script, flags, *expected in (
             ("flat_quant", "--recipe paper --batch-size 16", 2, 4, 16, [0]),
             ("flat_quant", "--recipe paper --bits 3", 3, 3, 32, [0]),
-            ("mec_quant", "--bits 3 --abits 1 --seed 4 4", 3, 1, 32, [4])):
+            ("mec_quant", "--bits 3 --abits 1 --seed 4 4", 3, 1, 32, [4]),
+            ("cr_qat", "--recipe paper", 2, 2, 32, [0])):
         args = parse(script, *flags.split())
+        assert args.stem == ("imagenet" if script == "cr_qat" else "cifar")
         assert [args.wbits, args.abits, args.batch_size, args.seed] == expected
     assert "--recipe paper: --model resnet18" in capsys.readouterr().out
+    assert parse("fpq", "--recipe", "paper", "--dataset", "cifar100").stem == "cifar"
 
 
 def test_out_of_memory_is_one_line_and_a_bug_a_traceback(capsys):

@@ -25,6 +25,7 @@ def test_consistency_is_kl_of_student_from_teacher_by_hand():
     loss.backward()
     close(student.grad, (student.softmax(1) - teacher.softmax(1)) / 2)
     assert teacher.grad is None
+    close(cr_qat.consistency_loss(3 * student, 3 * teacher, temperature=3), 9 * loss)
 
 
 def test_ramp_up_from_a_hundredth_to_one():
@@ -112,7 +113,7 @@ def test_hidden_labels_are_never_used(monkeypatch, run, tiny_data, tmp_path):
 
 @pytest.mark.parametrize("method,flags", [
     ("baseline", ""), ("cr", "--lambda-max 40"), ("pi", ""), ("two-view", ""),
-    ("cr", "--labels 20 --lambda-max 40"), ("baseline", "--labels 20"),
+    ("cr", "--labels 20 --lambda-max 40 --temperature 2"), ("baseline", "--labels 20"),
     ("fp-teacher", "--ramp-epochs 0 --views crop+flip+noise crop+flip+colour")])
 def test_first_step_by_hand(monkeypatch, parse, tiny_data, method, flags):
     """The gradients of L = CE of labelled images + lambda L_con."""
@@ -133,7 +134,8 @@ def test_first_step_by_hand(monkeypatch, parse, tiny_data, method, flags):
     loss = F.cross_entropy(logits[known], labels[known])
     if method in ("cr", "pi", "fp-teacher"):
         ramp = math.exp(-5) if args.ramp_epochs else 1
-        loss = loss + args.lambda_max * ramp * cr_qat.consistency_loss(logits, teacher(two))
+        loss = loss + args.lambda_max * ramp * cr_qat.consistency_loss(
+            logits, teacher(two), args.temperature)
     close(seen, gradients(student, loss), rtol=1e-4, atol=1e-6)
 
 

@@ -1,6 +1,7 @@
 """DNQ: the errors and their statistics, the noises, SAM, training, averaging, PTQ, the script."""
 
 import copy
+import math
 from contextlib import nullcontext
 
 import numpy as np
@@ -12,8 +13,8 @@ from torch.optim.swa_utils import update_bn
 
 import common
 import flat_quant
-from common import weight_layers
-from flat_quant import SAM, ActivationNoise, DifferentialWeightNoise, quantization_error
+from common import SAM, weight_layers
+from flat_quant import ActivationNoise, DifferentialWeightNoise, quantization_error
 
 
 @pytest.fixture
@@ -69,12 +70,12 @@ def test_shifted_restores_bit_for_bit_and_keeps_a_step(stop):
     w, n = torch.randn(900), 1e4 * torch.randn(900)
     before = w.clone()
     with pytest.raises(stop) if stop else nullcontext():
-        with flat_quant.shifted([w], [n]):
+        with common.shifted([w], [n]):
             assert torch.equal(w, before + n)
             if stop:
                 raise stop
     assert torch.equal(w, before)
-    with flat_quant.shifted([w], [n / 1e4]):
+    with common.shifted([w], [n / 1e4]):
         w -= 0.5
     torch.testing.assert_close(w, before - 0.5)
 
@@ -134,6 +135,18 @@ def test_activation_noise_meets_a_share_of_each_layers_input(network, tiny_data)
     assert equal(flat_quant.layer_inputs(network, images), clean)
 
 
+def test_salience_by_hand():
+    """P = clip(softmax(I) C rho, 0, 1), I the mean of |x| over space, or over tokens."""
+    noise = ActivationNoise(nn.Linear(1, 1), 3, 0.4, mask="salience")
+    x = torch.tensor([[0.0, math.log(2), -math.log(5)], [9.0, 0, 0]])
+    expected = torch.tensor([[0.15, 0.3, 0.75], [1, 0, 0]])
+    images = x[..., None, None] * torch.tensor([0.5, -1.5])[:, None]
+    for features, shape in ((x, (2, 3)), (images, (2, 3, 1, 1)),
+                            (images[..., 0].transpose(1, 2), (2, 1, 3))):
+        torch.testing.assert_close(noise.chance(features), expected.reshape(shape), atol=1e-3,
+                                   rtol=0)
+
+
 def test_sam_on_a_quadratic_and_batch_norm_from_the_first_pass_only():
     """L = |w|^2 / 2 has the gradient w + rho w / |w| at w + rho g / |g|."""
     model = nn.ParameterList([torch.tensor(3.0), torch.tensor(-4.0)])
@@ -157,10 +170,11 @@ def test_sam_on_a_quadratic_and_batch_norm_from_the_first_pass_only():
 def test_rule_written_out(method, train, network, tiny_data, monkeypatch):
     """weight: W <- W + n_t - n_(t-1), and SGD's gradient, decay and momentum act on W = w + n_t.
     The others: they act on w, only the gradient is taken at w + n; sam: n = rho g / |g|."""
-    noises, shifted = [], flat_quant.shifted
-    monkeypatch.setattr(flat_quant, "shifted", lambda params, shifts: (
-        noises.append(shifts) or shifted(params, shifts)))
-    trained, _ = train(method, batch_size=16, fp_weight_decay=0.5)[method]
+    noises, shifted = [], common.shifted
+    for module in (common, flat_quant):
+        monkeypatch.setattr(module, "shifted", lambda params, shifts: (
+            noises.append(shifts) or shifted(params, shifts)))
+    trained, _ = train(method, batch_size=16, fp_weight_decay=0.5, label_smoothing=0.2)[method]
     noisy, found = ([p.detach() for p in model.parameters() if method == "sam" or p.dim() > 1]
                     for model in (network, trained))
     previous = [torch.zeros_like(p) for p in noisy]
@@ -171,7 +185,7 @@ def test_rule_written_out(method, train, network, tiny_data, monkeypatch):
         optimizer.param_groups[0]["lr"] = common.cosine_lr(i, 4, 0.2, warmup=0.1)
         optimizer.zero_grad()
         torch._foreach_add_(noisy, [n - old for n, old in zip(noise, previous)])
-        F.cross_entropy(network(images), labels).backward()
+        F.cross_entropy(network(images), labels, label_smoothing=0.2).backward()
         if method == "weight":
             previous = noise
         else:
@@ -191,11 +205,12 @@ def test_statistics_of_each_epoch_and_strength_of_each_step(method, bits, train,
                 return original(noise, *args)
             monkeypatch.setattr(kind, name, watched)
     train(f"{method}+activation", wbits=3, abits=4, noise_bits=5, noise_lambda=3, ramp_epochs=1,
-          quantizer="pact", rho=0.2, fp_epochs=2)
+          quantizer="pact", rho=0.2, mask="salience", fp_epochs=2)
     assert calls == ["measure"] * 2 + [0, 0, 1.5, 1.5] + ["measure"] * 2 + [3] * 4
     weights, activations = noises[DifferentialWeightNoise], noises[ActivationNoise]
     assert weights.bits == [8] + [bits] * 8 + [8] and weights.isotropic == (bits == 3)
     assert activations.bits == [8] + [4] * 8 + [8] and activations.rho == 0.2
+    assert activations.mask == "salience"
     assert activations.quantizer is common.PACT
 
 

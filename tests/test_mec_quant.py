@@ -113,7 +113,8 @@ def test_gates_sum_to_one_and_follow_the_magnitude_before_normalisation():
 
 @pytest.mark.parametrize("method,flags", [
     ("baseline", ""), ("mec", ""), ("mec", "--order 2 --eps2 2"), ("mec-quant", ""),
-    ("mec-quant", "--branch teacher"), ("branch", ""), ("kd", "--kd-weight 0.7")])
+    ("mec-quant", "--branch teacher"), ("branch", ""), ("kd", "--kd-weight 0.7"),
+    ("mec-quant", "--features quantized")])
 def test_first_step_by_hand(monkeypatch, parse, tiny_data, method, flags):
     """The gradients of CE - beta L / L_max or, with kd, of CE plus FPQ's distillation."""
     args = parse("mec_quant", *f"--beta 5 --experts 2 --method {method} {flags}".split())
@@ -122,7 +123,10 @@ def test_first_step_by_hand(monkeypatch, parse, tiny_data, method, flags):
     student = student_of(network, tiny_data)
     images, labels = first_batch(tiny_data, "crop+flip")
     features, other = student[:-1](images), normalized_rows(network[:-1](images)).detach()
-    logits, z, loss = student[-1](features), normalized_rows(features), 0
+    logits, loss = student[-1](features), 0
+    if args.features == "quantized":
+        features = student[-1].input_quantizer(features)
+    z = normalized_rows(features)
     if method == "kd":
         loss = 0.7 * fpq.kd_loss(logits, network(images).detach())
     elif method == "mec":
