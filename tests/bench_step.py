@@ -77,9 +77,9 @@ VARIANTS |= {peer.__name__: ("fpq", "baseline", peer)
              for peer in (elementary, torch_operators, torchao, brevitas)}
 
 
-def child(pipe, flags, tree, script, method, peer=lambda common: None):
-    """Run the script of `tree`. It sends the seconds of a step, then waits to make another."""
-    sys.path.insert(0, str(tree))
+def child(pipe, flags, script, method, peer=lambda common: None):
+    """Run the script. It sends the seconds of a step, then waits to make another."""
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
     sys.argv, sys.stdout = [script, *flags, "--method", method], open(os.devnull, "w")
     import common
     batches = common.Data.batches
@@ -106,10 +106,10 @@ def child(pipe, flags, tree, script, method, peer=lambda common: None):
     common.entry(importlib.import_module(script).main)
 
 
-def time_steps(variants: dict, turns: int, flags: list) -> dict:
+def time_steps(turns: int, flags: list) -> dict:
     """Median over the turns of each variant's seconds, relative to full precision in that turn."""
     context, pipes = multiprocessing.get_context("spawn"), {}
-    for name, variant in variants.items():
+    for name, variant in VARIANTS.items():
         pipes[name], end = context.Pipe()
         context.Process(target=child, args=(end, flags, *variant), daemon=True).start()
         end.close()
@@ -131,16 +131,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--models", nargs="+", default=["resnet8", "resnet20"])
     parser.add_argument("--turns", type=int, default=20)
-    parser.add_argument("--beside", type=Path, help="also time baseline and fpq of this checkout")
     args, flags = parser.parse_known_args()
-    here = Path(__file__).resolve().parent.parent
-    variants = {name: (here, *variant) for name, variant in VARIANTS.items()}
-    for name in ("baseline", "fpq") if args.beside else ():
-        variants[f"{name} there"] = args.beside, *VARIANTS[name]
     print(f"step / full precision, torch {torch.__version__}, {torch.get_num_threads()} threads")
     with tempfile.TemporaryDirectory() as out:
         flags = ["--dataset", "shapes", "--out", out, *flags, "--model"]
-        table = {model: time_steps(variants, args.turns, [*flags, model]) for model in args.models}
+        table = {model: time_steps(args.turns, [*flags, model]) for model in args.models}
     print(f"{'':<18}" + "".join(f"{model:<13}" for model in table))
     for name in next(iter(table.values())):
         print(f"{name:<18}" + "".join(f"{ratios[name]:<13.2f}" for ratios in table.values()))

@@ -298,17 +298,6 @@ def test_result_table_pairs_seeds():
         ["fpq", "4/4", "99.00", "1.0", "1"]]
 
 
-@pytest.mark.parametrize("script", ["fpq", "cr_qat", "mec_quant", "flat_quant"])
-def test_help_groups_the_flags(script, run):
-    _, *parts = re.split(r"^(\w+):\n", run(script, "--help").out, flags=re.M)
-    groups = dict(zip(parts[::2], parts[1::2]))
-    for title, flag in (("data", "--val VAL"), ("network", "--wbits"), ("training", "--fp-seed"),
-                        ("output", "--tf32"), ("method", "--method"), ("options", "-h, --help")):
-        text = groups.pop(title)
-        assert flag in text and "(None)" not in text
-    assert not groups and text.count("--") == 1  # all others have a group
-
-
 def test_recipe_sets_what_no_flag_does_and_bits_win(parse, capsys):
     for script, flags, *expected in (
             ("flat_quant", "--recipe paper --batch-size 16", 2, 4, 16, [0]),

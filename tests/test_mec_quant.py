@@ -60,11 +60,6 @@ def test_mixture_of_several_experts_is_a_lower_bound():
         assert moe_coding_length(z, gates, eps2=0.5) < coding_length(z, eps2=0.5)
 
 
-def test_series_converges_to_the_exact_length_of_one_branch_and_two():
-    for branches in ([rows(20, 6)], [rows(20, 6), rows(20, 6, 1)]):
-        close(coding_length(*branches, eps2=2.0, order=40), coding_length(*branches, eps2=2.0))
-
-
 def test_series_by_hand_where_it_converges_and_the_exact_value_aloud_where_not():
     z = torch.full((20, 6), 6**-0.5, dtype=torch.float64)  # one direction: norm 1 / eps2
     with warnings.catch_warnings():

@@ -195,8 +195,8 @@ BAD = dict(case.split() for case in """
     --fp-lr inf,  --weight-decay -1,  --fp-weight-decay 2,  --seed -1,  --fp-seed nan,
     --out /dev/null/a,  --p 1.1,  --csd-weight nan,  --kd-temperature 0,  --kd-weight 1e999,
     --labels 2,  --temperature 0,  --ema nan,  --lambda-max -1,  --ramp-epochs -inf,
-    --order 3,  --beta 1_,  --eps2 0,  --experts 65,  --rho 2,  --sam-rho -1,  --label-smoothing 2,  --noise-lambda +,
-    --noise-bits 1,  --mod resnet8""".split(","))
+    --order 3,  --beta 1_,  --eps2 0,  --experts 65,  --rho 2,  --sam-rho -1,  --noise-lambda +,
+    --label-smoothing 2,  --noise-bits 1,  --mod resnet8""".split(","))
 MORE = {"fpq": [], "cr_qat": ["--views none flip none", "--labels 6 --batch-size 2"],
         "mec_quant": ["--order 2 --method branch"],
         "flat_quant": ["--method weight+isotropic", "--method +"]}
