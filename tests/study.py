@@ -83,18 +83,21 @@ def run(commands: list[str], data: Path, data_dir: Path, out: Path, jobs: int) -
 
 def tuning_table(rows: list[dict]) -> str:
     """Mean accuracy on held-out images for each value, over the seeds there are."""
-    lines = ["| script, method | flag | augment | accuracy % on held-out images (seeds) |",
+    lines = ["| script, method | flag | with crop and flip | without augmentation |",
              "|---|---|---|---|"]
-    for script, method, flag, values, augments in GRIDS:
+    for script, method, flag, values, _ in GRIDS:
         bits = (2, 4) if script == "flat_quant.py" else (2, 2)
-        for augment in augments:
+        columns = []
+        for augment in ("crop+flip", "none"):
             cells = []
             for value in values:
-                acc = [r["acc"] for r in rows if r["script"] == script and r["method"] == method
-                       and f"{flag} {value} " in r["command"] and r["augment"] == augment
-                       and (r["wbits"], r["abits"]) == bits]
-                cells.append(f"{value:g}: {f'{np.mean(acc):.2f} ({len(acc)})' if acc else '-'}")
-            lines.append(f"| `{script}` {method} | `{flag}` | {augment} | {', '.join(cells)} |")
+                acc = [r["acc"] for r in rows if f"{flag} {value} " in r["command"] and (
+                    r["script"], r["method"], r["augment"], r["wbits"], r["abits"]) == (
+                    script, method, augment, *bits)]
+                if acc:
+                    cells.append(f"{value:g}: {np.mean(acc):.1f}" + f" ({len(acc)})" * (len(acc) > 1))
+            columns.append(", ".join(cells))
+        lines.append(f"| `{script}` {method} | `{flag}` | {' | '.join(columns)} |")
     return "\n".join(lines)
 
 

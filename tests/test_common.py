@@ -277,6 +277,17 @@ def test_fp_seed_same_trains_a_full_precision_network_for_each_seed(run):
         ("fp", 2, 2), ("baseline", 2, 2), ("fp", 1, 1), ("baseline", 1, 1)]
     data = [r["data"] for r in each.results]  # the subset is the seed's, too
     assert data[0] == data[1] != data[2] and "one full-precision network" not in each.out
+    shared = run("fpq", *SHAPES, "--seed", "2", "1", "--fp-seed", "3", "--method", "baseline")
+    assert [r["fp_seed"] for r in shared.results[4:]] == [3] * 3
+    assert "one full-precision network" in shared.out
+
+
+def test_depth_and_stem_reach_the_network(run, monkeypatch):
+    build, asked = common.build_model, []
+    monkeypatch.setattr(common, "build_model", lambda *how: asked.append(how) or build(*how[:2]))
+    for script, method in (("fpq", "baseline"), ("flat_quant", "sgd")):
+        run(script, *SHAPES, "--method", method, "--depth", "2", "--stem", "imagenet")
+    assert asked == [("resnet8", 10, 2, "imagenet")] * 2
 
 
 def test_result_table_pairs_seeds():
