@@ -492,11 +492,11 @@ class Data:
         """One shuffled epoch of (images N x 3 x 32 x 32 for each of `views`, labels N). A view
         whose name lacks "crop" or "flip" goes without it. `draws` lives on the CPU, so that a seed
         means the same batches on every device; the first view does not depend on the others."""
-        n, device, moves = len(self.train_labels), self.train_labels.device, []
+        device, moves = self.train_labels.device, []
         order = self.order(batch_size, draws).to(device)
         for view in views:  # rows and columns to move by, whether to mirror
-            shift = torch.randint(-self.pad, self.pad + 1, (2, n), generator=draws)
-            mirror = torch.randint(2, (1, n), generator=draws)
+            shift = torch.randint(-self.pad, self.pad + 1, (2, len(order)), generator=draws)
+            mirror = torch.randint(2, (1, len(order)), generator=draws)
             move = torch.cat([shift * ("crop" in view), mirror * ("flip" in view)])
             moves.append(move.to(device))
         for i in range(self.steps(batch_size)):  # everything is on the device: no step waits
@@ -1100,8 +1100,8 @@ class SAM:
         self.model, self.rho = model, rho
 
     def ascended(self):
-        """A context: parameters w + rho g / |g| within, g their .grad on entry, and w after it. Both
-        passes move batch norm's running statistics, which `Run.finish` takes anew anyway."""
+        """A context: parameters w + rho g / |g| within, g their .grad on entry; w after it. Both
+        passes move batch norm's running statistics, but `Run.finish` takes those anew."""
         params = [p for p in self.model.parameters() if p.grad is not None]
         norm = nn.utils.get_total_norm([p.grad for p in params]).clamp_min(TINY)
         return shifted(params, [p.grad * (self.rho / norm) for p in params])

@@ -117,6 +117,10 @@ def distort(view: Tensor, augment: str) -> Tensor:
 class PartlyLabelled(Data):
     """Data some of whose training labels are -100, which torch's cross-entropy ignores."""
 
+    def steps(self, batch_size: int) -> int:
+        """An epoch is one pass over the labelled images [choice], as in full precision."""
+        return max(1, len(self.labelled.train_labels) // max(1, batch_size // 4))
+
     def order(self, batch_size: int, draws: torch.Generator) -> Tensor:
         """A quarter of each batch is labelled; either kind begins anew when it is used up."""
         labelled = self.train_labels.cpu() >= 0

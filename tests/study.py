@@ -95,7 +95,8 @@ def tuning_table(rows: list[dict]) -> str:
                     r["script"], r["method"], r["augment"], r["wbits"], r["abits"]) == (
                     script, method, augment, *bits)]
                 if acc:
-                    cells.append(f"{value:g}: {np.mean(acc):.1f}" + f" ({len(acc)})" * (len(acc) > 1))
+                    more = f" ({len(acc)})" if len(acc) > 1 else ""
+                    cells.append(f"{value:g}: {np.mean(acc):.1f}{more}")
             columns.append(", ".join(cells))
         lines.append(f"| `{script}` {method} | `{flag}` | {' | '.join(columns)} |")
     return "\n".join(lines)
