@@ -383,10 +383,10 @@ def cifar_resnet(blocks, classes):
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, classes))
 
 
-def mobilenet_v1(classes):
+def mobilenet_v1(classes, stem):
     """MobileNet (Howard et al. 2017, table 1): 3 x 3 convolutions of each channel apart, then
-    1 x 1. Its first stride, of 2, is 1 for 32 x 32 images."""
-    layers, inputs = [Conv2dNormActivation(3, 32, 3)], 32
+    1 x 1."""
+    layers, inputs = [Conv2dNormActivation(3, 32, 3, 1 if stem == "cifar" else 2)], 32
     for outputs, stride in [(64, 1), (128, 2), (128, 1), (256, 2), (256, 1), (512, 2),
                             *[(512, 1)] * 5, (1024, 2), (1024, 1)]:
         layers += [Conv2dNormActivation(inputs, inputs, 3, stride, groups=inputs),
@@ -425,14 +425,14 @@ MODELS = ["resnet8", "resnet20", "resnet18", "resnet50", "mobilenet_v1", "mobile
 def build_model(name: str, classes: int, depth: int = 4, stem: str = "cifar") -> nn.Module:
     """A network for N x 3 x 32 x 32 images, freshly initialised from torch's global generator.
 
-    stem: "imagenet" leaves torchvision's networks as they are. "cifar", usual for such small
-    images, gives the ResNets a 3 x 3 convolution without pooling and MobileNetV2 strides of 1 in
-    two places. `depth` is the blocks of vit_tiny.
+    stem: "imagenet" keeps the first layers that ResNet-18, ResNet-50 and the MobileNets have for
+    large images. "cifar", usual for small ones, gives the ResNets a 3 x 3 convolution without
+    pooling, and the MobileNets strides of 1 in one place and in two. `depth`: blocks of vit_tiny.
     """
     if name == "vit_tiny":
         return vit_tiny(classes, depth)
     if name == "mobilenet_v1":
-        return mobilenet_v1(classes)
+        return mobilenet_v1(classes, stem)
     if name in ("resnet8", "resnet20"):  # resnet8 is that of MLPerf Tiny, 78 k parameters
         return cifar_resnet(1 if name == "resnet8" else 3, classes)
     # Blocks of a ResNet start as the identity: else the first steps throw a ResNet-50 far off.
@@ -677,8 +677,8 @@ def base_parser(description: str, fewest_bits: int = 2) -> Parser:
         p, "network",
         ("--model", MODELS, "resnet8", "the network"),
         ("--depth", number(int, 1, 48), 4, "blocks of vit_tiny"),
-        ("--stem", ["cifar", "imagenet"], "cifar", "torchvision's networks for small images, or "
-                                                   "untouched"),
+        ("--stem", ["cifar", "imagenet"], "cifar", "first layers for small images, or for large "
+                                                   "ones; resnet8, resnet20, vit_tiny have one"),
         ("--bits", bits, None, "of weights and activations (2)"),
         ("--wbits", bits, None, "of weights, if not --bits"),
         ("--abits", bits, None, "of activations, if not --bits"),
@@ -711,8 +711,8 @@ def parse(parser: Parser, recipe: dict) -> Namespace:
     """The command line, complete: what cannot work is found now, not after an hour.
 
     `--recipe paper` puts `recipe` in place of the defaults and prints it. Flags given beside it
-    win, and so does --bits over the recipe's wbits and abits. On CIFAR-100 the stem is "cifar":
-    the published accuracy in full precision fits that one there, and the other on CIFAR-10.
+    win, and so does --bits over the recipe's wbits and abits. On CIFAR-100 the stem is "cifar"
+    [choice]: full precision's published accuracy suggests it there, and "imagenet" on CIFAR-10.
     """
     args = parser.parse_args()
     if args.recipe:
@@ -967,10 +967,12 @@ def full_precision(args: Namespace, data: Data) -> tuple[nn.Module, dict]:
 
 def per_seed(args: Namespace) -> Iterator[tuple[Namespace, int, Data]]:
     """(args, seed, data) for every --seed. Where --fp-seed is "same", it is that seed."""
+    data = None
     for seed in args.seed:
-        fp_seed = seed if args.fp_seed == "same" else args.fp_seed
-        args_of_seed = Namespace(**vars(args) | {"fp_seed": fp_seed})
-        yield args_of_seed, seed, load_data(args_of_seed)
+        same = args.fp_seed == "same"
+        args_of_seed = Namespace(**vars(args) | {"fp_seed": seed if same else args.fp_seed})
+        data = load_data(args_of_seed) if same or data is None else data
+        yield args_of_seed, seed, data
 
 
 def print_row(*cells) -> None:
@@ -1094,14 +1096,15 @@ def shifted(params: list[Tensor], shifts: list[Tensor]) -> Iterator[None]:
 
 
 class SAM:
-    """Sharpness-aware minimisation (Foret et al. 2021): the gradient at w + rho g / |g|."""
+    """Sharpness-aware minimisation (Foret et al. 2021): the gradient at w + rho g / |g|, w being
+    all parameters, step sizes too [choice]."""
 
     def __init__(self, model: nn.Module, rho: float):
         self.model, self.rho = model, rho
 
     def ascended(self):
         """A context: parameters w + rho g / |g| within, g their .grad on entry; w after it. Both
-        passes move batch norm's running statistics, but `Run.finish` takes those anew."""
+        passes move batch norm's running statistics, but `Run.finish` takes those anew [choice]."""
         params = [p for p in self.model.parameters() if p.grad is not None]
         norm = nn.utils.get_total_norm([p.grad for p in params]).clamp_min(TINY)
         return shifted(params, [p.grad * (self.rho / norm) for p in params])

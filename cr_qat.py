@@ -35,8 +35,8 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 PAPER = {"model": "resnet18", "stem": "imagenet", "dataset": "cifar10", "batch_size": 256,
          "lr": 0.01, "epochs": 200, "weight_decay": 5e-4,
-         # So far the authors' protocol in their FPQ paper, whose stem we infer; the rest is
-         "lambda_max": 1.0, "ema": 0.999, "ramp_epochs": 5.0,  # [choice], after the mean teacher
+         # So far the authors' protocol in their FPQ paper, whose stem we infer; then [choice]s.
+         "lambda_max": 1.0, "ema": 0.999, "ramp_epochs": 5.0,  # after the mean teacher
          "fp_epochs": 200, "fp_lr": 0.1, "fp_weight_decay": 5e-4, "pad": 4}
 
 # Source of the target for the second view: none, its label, the student's own weights (the
@@ -59,15 +59,16 @@ def parse_args() -> Namespace:
         ("--ema", number(float, 0, 1), 0.9, "alpha: memory of the moving average"),
         ("--views", VIEWS, [], "the student's augmentation, then the teacher's (the same if left "
                                "out); the baseline always has --augment"),
-        ("--labels", number(int, 1, 10**9), None, "labels to keep; without it all"),
+        ("--labels", number(int, 1, 10**9), None, "labels to keep (all); an epoch is then "
+                                             "one pass over the labelled images"),
         ("--controls", bool, False, "all methods, and the averages of baseline and cr"),
         ("--ablate", bool, False, "cr with each augmentation of both views"),
         ("--diagnose", bool, False, "sensitivity to noise, oscillation, entropy, trace, force"))
     args = common.parse(parser, PAPER)
     if len(args.views) > 2:
         parser.error("--views takes one augmentation for both, or the student's and the teacher's")
-    if args.labels and args.batch_size < 4:
-        parser.error("--labels needs --batch-size 4 or more: a quarter of each batch is labelled")
+    if args.labels and args.batch_size < 8:
+        parser.error("--labels needs --batch-size 8 or more: a quarter of each batch is labelled")
     args.method = list(dict.fromkeys((list(METHODS) if args.controls else []) + args.method))
     return args
 
@@ -123,9 +124,7 @@ class PartlyLabelled(Data):
 
     def order(self, batch_size: int, draws: torch.Generator) -> Tensor:
         """A quarter of each batch is labelled; either kind begins anew when it is used up."""
-        labelled = self.train_labels.cpu() >= 0
-        batch_size = min(batch_size, len(labelled))
-        few = max(1, batch_size // 4)
+        labelled, few = self.train_labels.cpu() >= 0, max(1, batch_size // 4)
         columns = []
         for of, share in ((labelled, few), (~labelled, batch_size - few)):
             of, count = of.nonzero().flatten(), self.steps(batch_size) * share

@@ -57,7 +57,7 @@ def parse_args() -> Namespace:
         ("--noise-lambda", number(float, 0, 1e3), 1.0, "noise relative to the measured error"),
         ("--ramp-epochs", number(float, 0, 1e6), 5.0, "until lambda is reached"),
         ("--rho", number(float, 0, 1), 0.5, "share of the activations with noise"),
-        ("--mask", ["uniform", "salience"], "uniform", "which of them, ActivationNoise.chance"),
+        ("--mask", ["uniform", "salience"], "uniform", "at random, or more in large channels"),
         ("--label-smoothing", number(float, 0, 1), 0.0, "of the labels in training"),
         ("--sam-rho", number(float, 0, 1e3), 0.05, "radius of SAM's ascent"),
         ("--noise-bits", number(int, 2, 8), 8, "at which wrong-bits, a control, measures"),
@@ -124,12 +124,12 @@ def measure(args: Namespace, data: Data, network: nn.Module) -> None:
     images, quantized = data.sample(100)[0], ptq(args, data, network, args.wbits, args.abits)
     print(f"\nerrors at W{args.wbits}A{args.abits} relative to ||W x||^2, and their shape (a "
           "Gaussian has kurtosis 0; independence has correlation 0)")
-    print_row("layer", "AQE", "WQE", "cross", "total", "kurtosis dW", "kurtosis dx", "corr(dW, W)")
+    print_row("AQE", "WQE", "cross", "total", "kurtosis dW", "kurtosis dx", "corr(dW, W)", "layer")
     for (name, layer), x in zip(weight_layers(quantized).items(), layer_inputs(network, images)):
         w, dw = layer.weight, layer.weight_quantizer(layer.weight) - layer.weight
         shape = (excess_kurtosis(dw), excess_kurtosis(layer.input_quantizer(x) - x),
                  torch.corrcoef(torch.stack([w.flatten(), dw.flatten()]))[0, 1].item())
-        print_row(name, *(f"{v:.4f}" for v in (*error_decomposition(layer, x).values(), *shape)))
+        print_row(*(f"{v:.4f}" for v in (*error_decomposition(layer, x).values(), *shape)), name)
 
 
 # ------------------------------------------------------------------------------------- the noises
@@ -194,7 +194,7 @@ class ActivationNoise:
             weight_layers(self.model).values(), errors)}
 
     def chance(self, x: Tensor) -> Tensor | float:
-        """P, of an element of x to have noise: rho or, by "salience", for each image and channel
+        """P, the chance that an element of x has noise: rho or, with "salience", by channel
 
             P = clip(softmax(I) C rho, 0, 1),   I = mean of |x| over space or tokens, C channels
         """

@@ -50,7 +50,7 @@ def parse_args() -> Namespace:
         ("--p", common.number(float, 0, 1), 0.1, "Eq. 14: chance that a layer is perturbed"),
         ("--csd-weight", weight, 1.0, "of L_CSD in Eq. 22"),
         ("--noise-at", ["operand", "input", "weight"], "operand",
-         "Eq. 16: noise after the input quantizer, before it, or on the quantized weight"),
+         "noise after the input quantizer (Eq. 16), before it, or on the quantized weight"),
         ("--kd-weight", weight, 1.0, "of the distillation of logits in kd"),
         ("--kd-temperature", common.number(float, 0.01, 1e3), 4.0, "of its softmax"),
         ("--sam-rho", common.number(float, 0, 1e3), 0.05, "radius of SAM's ascent, in sam"),
@@ -273,11 +273,12 @@ def diagnose(data: Data, network: nn.Module, trained: dict[str, tuple]) -> None:
     for sigma in (0.05, 0.1, 0.2, 0.4):
         print_row(sigma, *(f"{output_variance(model, images, sigma):.4f}" for model in models))
     values = [relu_output(model, images) for model in models]
-    print("\nFig. 3  mean, least and greatest value of the first channels of a ReLU's output")
+    print("\nFig. 3  input of the second layer, in ResNets the output of a ReLU, quantized if the\n"
+          "        layer is: mean, least and greatest value by channel")
     print_row("channel", "fp", *trained)
     for i, channels in zip(range(32), zip(*(v.T for v in values))):
         print_row(i, *(f"{c.mean():.2f} {c.min():.2f} {c.max():.2f}" for c in channels))
-    print("\nFig. 4  distribution of that output; a # for 6 % of its values")
+    print("\nFig. 4  its distribution; a # for 6 % of the values")
     print_row("from", "fp", *trained)
     low, high = (f(torch.stack([f(v) for v in values])).item() for f in (torch.min, torch.max))
     shares = [v.histc(12, low, high) / v.numel() for v in values]
@@ -285,7 +286,9 @@ def diagnose(data: Data, network: nn.Module, trained: dict[str, tuple]) -> None:
         print_row(f"{low + (high - low) * i / 12:.2f}",
                   *("#" * round(share[i].item() / 0.06) for share in shares))
     for title, cell in (
-            ("Fig. 2  gradient norm", lambda h: f"{h['gradient']:.3f}"),
+            ("Fig. 2  norm of the loss gradient in the weights, last step of an epoch; the paper\n"
+             "        compares sfp with --noise-at weight and without it",
+             lambda h: f"{h['gradient']:.3f}"),
             ("Fig. 5  Hessian trace ± standard error of the estimate; force of the added term,\n"
              "        |its gradient| / |that of the cross-entropy|", lambda h:
              f"{h['trace'][0]:.0f} ± {h['trace'][1]:.0f}; {h.get('force', 0):.2f}")):

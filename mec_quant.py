@@ -43,6 +43,7 @@ PAPER = {"model": "resnet18", "stem": "imagenet", "dataset": "cifar10", "batch_s
 # The gates of the mixture (None: no coding length), and whether --branch is exchanged.
 METHODS = {"baseline": (None, False), "mec": ("one", False), "mec-quant": ("scale", False),
            "branch": ("scale", True), "random": ("random", False), "kd": (None, False)}
+ORDERS = (2, 4, 8)  # of the series that --diagnose compares with the exact value
 
 
 def even(text: str) -> int:
@@ -65,7 +66,7 @@ def parse_args() -> Namespace:
         ("--order", even, None, "of the series, in mec; without it the exact value"),
         ("--experts", number(int, 1, 64), 3, "K: scales of the mixture"),
         ("--branch", ["self", "teacher"], "self", "Z2: Z, or full precision's features"),
-        ("--features", ["float", "quantized"], "float", "Z before or after its quantizer"),
+        ("--features", ["float", "quantized"], "float", "Z before or after the 8-bit quantizer"),
         ("--kd-weight", number(float, 0, 1e6), 1.0, "of the distillation of logits, in kd only"),
         ("--ablate", bool, False, f"train {' '.join(METHODS)}"),
         ("--diagnose", bool, False, "rank of the features, series, experts, force of the term"))
@@ -200,8 +201,7 @@ def kd_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float =
 
 @contextmanager
 def penultimate(model: nn.Module, features: str = "float") -> Iterator[list[Tensor]]:
-    """Within, a list that the last layer's inputs (N x d) are appended to: the pooled features,
-    "float" [choice] or "quantized"."""
+    """Within, a list that the last layer's inputs, the pooled features N x d, are appended to."""
     def keep(layer, inputs):
         found.append(layer.input_quantizer(*inputs) if features == "quantized" else inputs[0])
 
@@ -251,12 +251,10 @@ def train(args: Namespace, data: Data, method: str, seed: int,
 
 # ----------------------------------------------------------------- the paper's claims as numbers
 
-ORDERS = (2, 4, 8)
-
 
 @torch.no_grad()
 def features_of(model: nn.Module, data: Data) -> Tensor:
-    """Pooled features of 512 fixed training images, batch norm in eval mode."""
+    """Pooled features, not quantized, of 512 fixed training images, batch norm in eval mode."""
     with penultimate(model.eval()) as features:
         model(data.sample(512)[0])
     return features[0]

@@ -92,10 +92,11 @@ def test_hidden_labels_are_balanced_and_a_quarter_of_each_batch_is_labelled(tiny
     same(few.train_labels, tiny_data.train_labels[kept])
     same(few.train_padded, tiny_data.train_padded[kept])
     assert few.fingerprint != tiny_data.fingerprint != data.fingerprint
-    batches = list(data.batches(16, torch.Generator().manual_seed(0)))
-    assert len(batches) == 20 // 4  # an epoch is a pass over the labelled images
-    for images, labels in batches:
-        assert len(images) == 16 and (labels[:4] >= 0).all() and (labels[4:] < 0).all()
+    for size, steps in ((16, 20 // 4), (80, 1)):  # an epoch is a pass over the labelled images
+        batches = list(data.batches(size, torch.Generator().manual_seed(0)))
+        assert [len(images) for images, _ in batches] == [size] * steps
+        for _, labels in batches:
+            assert (labels[:size // 4] >= 0).all() and (labels[size // 4:] < 0).all()
 
 
 def test_hidden_labels_are_never_used(monkeypatch, run, tiny_data, tmp_path):

@@ -219,8 +219,9 @@ def test_gradient_ratio_by_hand():
         assert ratio == pytest.approx(scale * 5 / 10)
 
 
-def test_figure_1_by_hand_and_the_output_of_figures_3_and_4(tiny_data):
-    """Fig. 1: sigma^2, where the logits are the pixels. Fig. 3, 4: what the second layer sees."""
+def test_figures_by_hand(parse, tiny_data):
+    """Fig. 1: sigma^2, where the logits are the pixels. Fig. 3, 4: what the second layer sees. Fig.
+    2: the gradient of the last step, of all layers but the classifier."""
     images, _ = tiny_data.sample(256)
     expected = 0.3**2 / images.flatten(1).var(0).mean().item()
     assert fpq.output_variance(nn.Flatten(), images, 0.3) == pytest.approx(expected, rel=0.01)
@@ -230,6 +231,10 @@ def test_figure_1_by_hand_and_the_output_of_figures_3_and_4(tiny_data):
     same(fpq.relu_output(network, images), x.detach().permute(0, 2, 3, 1).reshape(-1, 4))
     x_hat = student[1][0].input_quantizer(student[0](images)).detach()
     same(fpq.relu_output(student, images), x_hat.permute(0, 2, 3, 1).reshape(-1, 4))
+    args = parse("fpq", "--diagnose")
+    student, _, history = fpq.train(args, tiny_data, "fpq", 0, network)
+    grads = [layer.weight.grad for layer in common.weight_layers(student).values()][:-1]
+    assert history[-1]["gradient"] == nn.utils.get_total_norm(grads)
     tokens = common.build_model("vit_tiny", 10, depth=1)
     assert fpq.relu_output(tokens, images[:2]).shape == (2 * 65, 192)
 

@@ -197,7 +197,7 @@ BAD = dict(case.split() for case in """
     --labels 2,  --temperature 0,  --ema nan,  --lambda-max -1,  --ramp-epochs -inf,
     --order 3,  --beta 1_,  --eps2 0,  --experts 65,  --rho 2,  --sam-rho -1,  --noise-lambda +,
     --label-smoothing 2,  --noise-bits 1,  --mod resnet8""".split(","))
-MORE = {"fpq": [], "cr_qat": ["--views none flip none", "--labels 6 --batch-size 2"],
+MORE = {"fpq": [], "cr_qat": ["--views none flip none", "--labels 6 --batch-size 7"],
         "mec_quant": ["--order 2 --method branch"],
         "flat_quant": ["--method weight+isotropic", "--method +"]}
 
