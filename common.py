@@ -1,10 +1,5 @@
-"""What the four papers take for granted; no method lives here. Read it top to bottom.
-
-    1. Quantizers     fake_quantize, Quantizer (LSQ), LSQPlus, PACT; quantize, calibrate, export_int
-    2. Networks       build_model
-    3. Data           Data, load_data
-    4. A run          flags, Run (seeds, learning rate, checkpoints, results), full_precision, table
-    5. Evaluation     evaluate, hessian_trace, hessian_top_eigenvalue; SAM
+"""What the four papers take for granted; no method lives here. Read it top to bottom: quantizers,
+networks, data, a run (flags, seeds, checkpoints, results), evaluation and flatness.
 
 Equation numbers are those of the FPQ paper (arXiv 2503.11159, section 3.1), whose protocol all
 four papers share. Our own decisions are marked [choice].
@@ -26,19 +21,17 @@ import warnings
 import zipfile
 import zlib
 from argparse import Namespace
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
 from PIL import Image  # comes with torchvision, which reads images with it
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 from torchvision.models.resnet import BasicBlock
 from torchvision.ops.misc import Conv2dNormActivation
@@ -54,9 +47,7 @@ def fake_quantize_definition(x: Tensor, step_size: Tensor, zero_point: float, qm
 
         x_hat = (clip(round(x/s) + z, q_min, q_max) - z) * s
 
-    Values are rounded to a grid of 2^bits levels, q_min to q_max, but stay floats. z is whole.
-    Rounding has gradient 0 almost everywhere; the straight-through estimator (STE) makes it 1.
-    """
+    Rounding has gradient 0 almost everywhere; the straight-through estimator (STE) makes it 1."""
     v = torch.clamp(x / step_size, qmin - zero_point, qmax - zero_point)
     v = v + (v.round() - v).detach()  # forward: round(v); backward: the gradient of v
     return v * step_size
@@ -69,11 +60,9 @@ def fake_quantize(x: Tensor, step_size: Tensor, zero_point: Tensor | float, qmin
         dx_hat/dx = 1 if q_min < x/s + z < q_max else 0             compares x/s, not round(x/s)
         dx_hat/ds = (x_hat - x)/s inside, q_min - z below, q_max - z above
 
-    step_size > 0 (learned) and zero_point (fixed) broadcast against x; dL/ds is summed over all
-    elements that share s, and multiplied by grad_scale. A zero_point tensor may be 1/2: the levels
-    are then -s/2 and s/2 at one bit. A number must be whole; it moves into the bounds, which saves
-    three passes: clip(n + z, a, b) - z = clip(n, a - z, b - z).
-    """
+    step_size > 0 and zero_point broadcast against x; dL/ds is multiplied by grad_scale. A tensor
+    zero_point may be 1/2 (one bit: -s/2 and s/2). A number must be whole; it moves into the bounds,
+    which saves three passes: clip(n + z, a, b) - z = clip(n, a - z, b - z)."""
     if not isinstance(zero_point, Tensor):
         qmin, qmax, zero_point = qmin - zero_point, qmax - zero_point, None
     return FakeQuantize.apply(x, step_size, zero_point, qmin, qmax, grad_scale)
@@ -92,7 +81,7 @@ class FakeQuantize(torch.autograd.Function):
             v.add_(part).round_().add_(zero_point - part).clamp_(qmin, qmax).sub_(zero_point)
         x_hat = v.mul_(step_size)  # Eq. 3
         ctx.save_for_backward(x, x_hat, step_size, zero_point)
-        ctx.bounds, ctx.grad_scale = (float(qmin), float(qmax)), grad_scale
+        ctx.bounds, ctx.grad_scale = (qmin, qmax), grad_scale
         return x_hat
 
     @staticmethod
@@ -101,30 +90,21 @@ class FakeQuantize(torch.autograd.Function):
         v = x / step_size
         if zero_point is not None:
             v.add_(zero_point)
-        # dL/dx is grad where v is inside the bounds: the derivative of a hard tanh, in one pass. It
-        # overwrites v, unless a second derivative needs v (or on MPS, where older systems lose what
-        # is written to a channels_last tensor).
-        keep = torch.is_grad_enabled() or x.device.type == "mps"
-        place = {} if keep else {"grad_input": v}
-        grad_x = torch.ops.aten.hardtanh_backward(grad, v, *ctx.bounds, **place)
+        # dL/dx is grad where v is inside the bounds: the derivative of a hard tanh, in one pass.
+        grad_x = torch.ops.aten.hardtanh_backward(grad, v, *ctx.bounds)
         # dL/ds = (<grad, x_hat> - <grad_x, x>) / s, as x_hat is round(v) s inside, Qn s or Qp s
         # outside: two inner products in place of a tensor of derivatives.
-        if not ctx.needs_input_grad[1]:
-            return grad_x, None, None, None, None, None
         if step_size.numel() == 1:
-            a, b, c, d = map(in_memory_order, (grad, x_hat, grad_x, x))
-            grad_s = (a @ b - c @ d).reshape(step_size.shape)
+            # Vectors, N x C x H x W by pixel: views, not copies, in channels_last order.
+            a, b, c, d = ((t.permute(0, 2, 3, 1) if t.dim() == 4 else t).reshape(-1)
+                          for t in (grad, x_hat, grad_x, x))
+            grad_s = (a @ b - c @ d).reshape_as(step_size)
         else:
             grad_s = (grad * x_hat - grad_x * x).sum_to_size(step_size.shape)
         return grad_x, grad_s * (ctx.grad_scale / step_size), None, None, None, None
 
 
-def in_memory_order(t):
-    """t as a vector, N x C x H x W by pixel: a view, not a copy, in channels_last order."""
-    return (t.permute(0, 2, 3, 1) if t.dim() == 4 else t).reshape(-1)
-
-
-def scale_gradient(t: Tensor, scale: float) -> Tensor:
+def scale_gradient(t, scale):
     """t, whose gradient is multiplied by `scale`."""
     scaled = t * scale
     return t.detach() + (scaled - scaled.detach())  # the difference is exactly 0
@@ -133,12 +113,9 @@ def scale_gradient(t: Tensor, scale: float) -> Tensor:
 class Quantizer(nn.Module):
     """LSQ: a learned step size and a fixed zero point, for a tensor or per channel (dim 0).
 
-    bits: 1 to 8; levels are 0 to qmax = 2^bits - 1. step_size is NaN until `initialize`; only its
-    magnitude counts, so it may cross zero. A one-bit weight (with `channels`) has z = 1/2, so it is
-    -s/2 or s/2 [choice]; a one-bit activation is 0 or s (-s or 0 where data are mostly negative).
-    Step sizes of 8 bits stay as calibrated [choice]: LSQ's gradient scale suits few bits and makes
-    these grow until few levels are used.
-    """
+    bits: 1 to 8; levels are 0 to qmax = 2^bits - 1. step_size is NaN until `initialize`; its sign
+    has no meaning. A one-bit weight (with `channels`) has z = 1/2: it is -s/2 or s/2 [choice]. Step
+    sizes of 8 bits stay as calibrated [choice]: LSQ makes them grow until few levels are used."""
 
     decays = False  # whether weight decay applies to the learned parameters [choice]
 
@@ -150,42 +127,39 @@ class Quantizer(nn.Module):
         shape = () if channels is None else (channels,)
         self.step_size = nn.Parameter(torch.full(shape, math.nan), requires_grad=bits < 8)
         self.register_buffer("zero_point", torch.zeros(shape))
-        self.ready = False  # calibrated, and zero_point read: both wait for the device, so once
+        self.number = None  # zero_point as a number: reading it waits for the device, so once
 
     def _load_from_state_dict(self, *args):
         super()._load_from_state_dict(*args)
-        self.ready = False
+        self.number = None
 
-    def grid(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def grid(self, x):
         """(step size, zero point), shaped to broadcast against x."""
         shape = [-1] + [1] * (x.dim() - 1) if self.channels else []
         return self.step_size.abs().clamp_min(TINY).reshape(shape), self.zero_point.reshape(shape)
 
-    def grad_scale(self, x: Tensor) -> float:
-        """LSQ's 1 / sqrt(N q_max); N elements of x share a step size. As in MQBench, on which the
-        papers build, N counts the batch for activations; LSQ's text leaves it out [choice]. Weights
-        have q_max = 2^bits - 1 too, as their grid is not LSQ's signed one [choice]."""
+    def grad_scale(self, x):
+        """LSQ's 1 / sqrt(N q_max); N elements of x share a step size. As in MQBench, N counts the
+        batch for activations [choice], and weights have q_max = 2^bits - 1 too [choice]."""
         return (x.numel() / self.step_size.numel() * self.qmax) ** -0.5
 
     def forward(self, x):
         step_size, zero_point = self.grid(x)
-        if not self.ready:
+        if self.number is None:
             if self.step_size.isnan().any():
                 raise RuntimeError("no step size yet: call common.calibrate(network, images)")
-            self.number, self.ready = zero_point.tolist(), True
+            self.number = zero_point.tolist()
         return fake_quantize(x, step_size, zero_point if self.channels else self.number, 0,
                              self.qmax, self.grad_scale(x))
 
     @torch.no_grad()
-    def initialize(self, x: Tensor, candidates: int = 100) -> None:
+    def initialize(self, x, candidates=100):
         """Step size and zero point from data, by Eq. 4-5 on the fraction a of the range that gives
         the least squared error [choice; the paper has a = 1].
 
-            s = a (x_max - x_min) / (2^q - 1)       Eq. 4
-            z = round(q_max - a x_max / s)          Eq. 5
+            s = a (x_max - x_min) / (2^q - 1),  z = round(q_max - a x_max / s)
 
-        The range is widened to hold 0 [choice]: zero padding and the zeros of a ReLU stay exact.
-        """
+        The range is widened to hold 0 [choice]: zero padding and the zeros of a ReLU stay exact."""
         rows = x.reshape(self.channels or 1, -1)
         low, high = rows.amin(1).clamp_max(0), rows.amax(1).clamp_min(0)
         one_bit_weight = self.bits == 1 and self.channels is not None
@@ -200,13 +174,12 @@ class Quantizer(nn.Module):
         sizes = s * (torch.arange(candidates, 0, -1, device=x.device) / candidates)[:, None]
         values = (fake_quantize(rows, a[:, None], z[:, None], 0, self.qmax) for a in sizes)
         best = torch.stack([(v - rows).square().sum(1) for v in values]).argmin(0, keepdim=True)
-        self.step_size.copy_(sizes.gather(0, best).reshape(self.step_size.shape))
-        self.zero_point.copy_(z.reshape(self.step_size.shape))
-        self.ready = False
+        self.step_size.copy_(sizes.gather(0, best).reshape_as(self.step_size))
+        self.zero_point.copy_(z.reshape_as(self.step_size))
+        self.number = None
 
-    def integers(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(n, s, z) with x_hat = (n - z) * s bit for bit; n: whole numbers from 0 to qmax. LSQ+
-        takes x - beta, and beta comes on top."""
+    def integers(self, x):
+        """(n, s, z) with x_hat = (n - z) * s bit for bit, n from 0 to qmax; LSQ+ takes x - beta."""
         s, z = self.grid(x)
         part = z % 1
         return (x / s + part).round().add(z - part).clamp(0, self.qmax), s, z
@@ -217,10 +190,9 @@ class LSQPlus(Quantizer):
 
         x_hat = fake_quantize(x - beta) + beta      dx_hat/dbeta = 0 inside the grid, 1 outside
 
-    beta starts at 0, on LSQ's grid, and its gradient has the scale of the step size's [choices].
-    """
+    beta starts at 0, and its gradient has the scale of the step size's [choices]."""
 
-    def __init__(self, bits: int):
+    def __init__(self, bits):
         super().__init__(bits)
         self.offset = nn.Parameter(torch.tensor(0.0), requires_grad=bits < 8)
 
@@ -235,8 +207,7 @@ class PACT(Quantizer):
         x_hat = round(clip(x, 0, alpha) / s) s,  s = alpha / q_max      dx_hat/dalpha = [x >= alpha]
 
     The parameter is s, its gradient scaled so that alpha moves as if it were the parameter. alpha
-    starts where LSQ's range ends, and negative data are clipped at -z s as by LSQ [choices].
-    """
+    starts where LSQ's range ends; negative data are clipped at -z s as by LSQ [choices]."""
 
     decays = True  # as in the paper: nothing else makes alpha smaller
 
@@ -252,10 +223,10 @@ QUANTIZERS = {"lsq": Quantizer, "lsq+": LSQPlus, "pact": PACT}  # of activations
 
 
 class QuantLayer(nn.Module):
-    """A convolution or linear layer with quantized input and weight; takes over the parameters of
-    `layer`. `product(x, weight, bias=None)` is the layer's own operation."""
+    """`layer`, a convolution or linear layer, with quantized input and weight. `product(x, weight,
+    bias=None)` is its own operation."""
 
-    def __init__(self, layer: nn.Module, wbits: int, abits: int, quantizer: str = "lsq"):
+    def __init__(self, layer, wbits, abits, quantizer="lsq"):
         super().__init__()
         self.weight, self.bias = layer.weight, layer.bias
         self.input_quantizer = QUANTIZERS[quantizer](abits)
@@ -280,18 +251,14 @@ class Product(nn.Module):
 
 
 @contextmanager
-def hooked(modules: Iterable[nn.Module], before: Callable | None = None,
-           after: Callable | None = None) -> Iterator[None]:
-    """Within, every call of one of `modules` runs before(module, inputs) and
-    after(module, inputs, output); what they return, if anything, replaces inputs and output."""
-    modules = list(modules)
-    hooks = [m.register_forward_pre_hook(before) for m in modules if before]
-    hooks += [m.register_forward_hook(after) for m in modules if after]
-    try:
+def hooked(modules, before=None, after=None):
+    """Within, every call of one of `modules` runs before(module, inputs) or else
+    after(module, inputs, output); what it returns, if anything, replaces inputs or output."""
+    with ExitStack() as stack:  # which removes the hooks
+        for m in modules:
+            stack.enter_context(m.register_forward_pre_hook(before) if before
+                                else m.register_forward_hook(after))
         yield
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def weight_layers(model: nn.Module) -> dict[str, nn.Module]:
@@ -302,13 +269,10 @@ def weight_layers(model: nn.Module) -> dict[str, nn.Module]:
 
 def quantize(model: nn.Module, wbits: int, abits: int, quantizer: str = "lsq",
              example: Tensor | None = None) -> nn.Module:
-    """A copy of `model` whose Conv2d and Linear layers quantize input and weight, and whose
-    `Product`s quantize both factors.
-
-    The first and the last layer that `example` (an input; 1 x 3 x 32 x 32 if none) passes through
-    have 8 bits. Step sizes exist, for an optimizer to hold, but are NaN until `calibrate`. Warns of
-    layers that stay in full precision: other kinds, computed weights, layers never reached.
-    """
+    """A copy of `model` whose Conv2d and Linear layers quantize input and weight, and `Product`s
+    both factors. The first and the last layer that `example` (an input; 1 x 3 x 32 x 32 if none)
+    passes through have 8 bits. Step sizes are NaN until `calibrate`. Warns of layers that stay in
+    full precision: other kinds, computed weights, layers never reached."""
     model, order, new, left = copy.deepcopy(model), [], {}, []
     like, probe = next(model.parameters()), copy.deepcopy(model).eval()
     names = {layer: name for name, layer in weight_layers(probe).items()}
@@ -332,25 +296,18 @@ def quantize(model: nn.Module, wbits: int, abits: int, quantizer: str = "lsq",
 
 
 @torch.no_grad()
-def calibrate(qmodel: nn.Module, images: Tensor, candidates: int = 100,
-              batch_stats: bool = True) -> None:
-    """Set all step sizes and zero points from one pass of `images` (the paper takes 100), in the
-    order of the layers: each sees its input as the quantized layers before it make it.
-
-    Batch norm normalises by these images, as in the training to come [choice]: the running
-    statistics are those of full precision and leave deep low-bit networks far off.
-    `batch_stats=False` uses them, for a network that is not trained any more.
-    """
-    def quantizers(model):
-        return [m for m in model.modules() if isinstance(m, Quantizer)]
-
-    probe = copy.deepcopy(qmodel).eval()  # a copy, as the pass moves the statistics
+def calibrate(qmodel: nn.Module, images: Tensor, candidates: int = 100, batch_stats: bool = True):
+    """Set all step sizes and zero points from one pass of `images` (the paper takes 100): a layer
+    sees its input as the quantized layers before it make it. Batch norm normalises by these images,
+    as in the training to come [choice], or with `batch_stats=False`, for a network that is not
+    trained any more, by its running statistics, which are those of full precision."""
+    quantizers = [m for m in qmodel.modules() if isinstance(m, Quantizer)]
+    # The pass moves running statistics: those of a copy, which shares only the quantizers.
+    probe = copy.deepcopy(qmodel, {id(q): q for q in quantizers})
     for m in probe.modules():
-        m.train(batch_stats and isinstance(m, nn.modules.batchnorm._BatchNorm))
-    with hooked(quantizers(probe), before=lambda q, inputs: q.initialize(inputs[0], candidates)):
+        m.training = batch_stats and isinstance(m, nn.modules.batchnorm._BatchNorm)
+    with hooked(quantizers, before=lambda q, inputs: q.initialize(inputs[0], candidates)):
         probe(images)
-    for mine, found in zip(quantizers(qmodel), quantizers(probe)):
-        mine.load_state_dict(found.state_dict())
 
 
 @torch.no_grad()
@@ -370,12 +327,11 @@ def export_int(qmodel: nn.Module) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
 
 
 def cifar_resnet(blocks, classes):
-    """ResNet for 32 x 32 images (He et al. 2016, section 4.2): three stages of `blocks` blocks, 16,
-    32 and 64 channels wide; 1 x 1 convolutions where the shape changes."""
+    """ResNet for 32 x 32 images (He et al. 2016, section 4.2), three stages of `blocks` blocks."""
     layers, inputs = [Conv2dNormActivation(3, 16, 3)], 16
     for outputs in (16, 32, 64):
-        for i in range(blocks):
-            stride = 2 if i == 0 and outputs > 16 else 1
+        for _ in range(blocks):
+            stride = 2 if outputs > inputs else 1
             shortcut = None if inputs == outputs else Conv2dNormActivation(
                 inputs, outputs, 1, stride, activation_layer=None)
             layers.append(BasicBlock(inputs, outputs, stride, shortcut))
@@ -385,10 +341,10 @@ def cifar_resnet(blocks, classes):
 
 def mobilenet_v1(classes, stem):
     """MobileNet (Howard et al. 2017, table 1): 3 x 3 convolutions of each channel apart, then
-    1 x 1."""
+    1 x 1; a stride of 2 where the width grows from 64 on."""
     layers, inputs = [Conv2dNormActivation(3, 32, 3, 1 if stem == "cifar" else 2)], 32
-    for outputs, stride in [(64, 1), (128, 2), (128, 1), (256, 2), (256, 1), (512, 2),
-                            *[(512, 1)] * 5, (1024, 2), (1024, 1)]:
+    for outputs in (64, 128, 128, 256, 256, *[512] * 6, 1024, 1024):
+        stride = 2 if outputs > inputs > 32 else 1
         layers += [Conv2dNormActivation(inputs, inputs, 3, stride, groups=inputs),
                    Conv2dNormActivation(inputs, outputs, 1)]
         inputs = outputs
@@ -396,8 +352,7 @@ def mobilenet_v1(classes, stem):
 
 
 class Attention(nn.Module):
-    """Self-attention of N x T x width, called as torch's own is. The products of features are
-    modules, for `quantize` to find."""
+    """Self-attention of N x T x width, called as torch's own is. `quantize` finds `Product`s."""
 
     def __init__(self, width, heads):
         super().__init__()
@@ -410,27 +365,19 @@ class Attention(nn.Module):
         return self.proj(self.mix(weights, v).transpose(1, 2).flatten(2)), None
 
 
-def vit_tiny(classes, depth):
-    """torchvision's vision transformer on 64 patches of 4 x 4; width and heads are those of
-    DeiT-Ti, which has depth 12."""
-    model = torchvision.models.VisionTransformer(32, 4, depth, 3, 192, 768, num_classes=classes)
-    for block in model.encoder.layers:
-        block.self_attention = Attention(192, 3)
-    return model
-
-
-MODELS = ["resnet8", "resnet20", "resnet18", "resnet50", "mobilenet_v1", "mobilenet_v2", "vit_tiny"]
+MODELS = "resnet8 resnet20 resnet18 resnet50 mobilenet_v1 mobilenet_v2 vit_tiny".split()
 
 
 def build_model(name: str, classes: int, depth: int = 4, stem: str = "cifar") -> nn.Module:
-    """A network for N x 3 x 32 x 32 images, freshly initialised from torch's global generator.
-
+    """A network for N x 3 x 32 x 32 images, freshly initialised. `depth` is the blocks of vit_tiny.
     stem: "imagenet" keeps the first layers that ResNet-18, ResNet-50 and the MobileNets have for
-    large images. "cifar", usual for small ones, gives the ResNets a 3 x 3 convolution without
-    pooling, and the MobileNets strides of 1 in one place and in two. `depth`: blocks of vit_tiny.
-    """
-    if name == "vit_tiny":
-        return vit_tiny(classes, depth)
+    large images; "cifar", usual for small ones, gives the ResNets a 3 x 3 convolution without
+    pooling, and the MobileNets strides of 1 in one place and in two."""
+    if name == "vit_tiny":  # patches of 4 x 4; width 192 and 3 heads as DeiT-Ti, of depth 12
+        model = torchvision.models.VisionTransformer(32, 4, depth, 3, 192, 768, num_classes=classes)
+        for block in model.encoder.layers:
+            block.self_attention = Attention(192, 3)
+        return model
     if name == "mobilenet_v1":
         return mobilenet_v1(classes, stem)
     if name in ("resnet8", "resnet20"):  # resnet8 is that of MLPerf Tiny, 78 k parameters
@@ -452,16 +399,15 @@ class UsageError(Exception):
     """Something the user can put right: reported in one line, exit code 2, no traceback."""
 
 
-def random_stream(*key: str | int) -> int:
-    """A seed for each purpose, seed and epoch: 32 bits of a hash, as torch's CPU generator uses no
-    more, so that no two streams of random numbers are shifted copies of each other."""
+def random_stream(*key) -> int:
+    """A seed for each purpose, seed and epoch: 32 bits of a hash, all that torch's CPU takes."""
     return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:4], "big")
 
 
 @dataclass
 class Data:
     """A data set, whole on one device. Images are uint8 N x 32 x 32 x 3, those for training with
-    `pad` black pixels around them; labels are int64 N; mean and std belong to the 3 channels."""
+    `pad` black pixels around them; labels are int64 N."""
 
     name: str
     classes: int
@@ -475,11 +421,11 @@ class Data:
     split: str  # what test_images are: "test" or "val"
     fingerprint: int  # of all pixels and labels used, for checkpoints
 
-    def normalize(self, images: Tensor) -> Tensor:
+    def normalize(self, images):
         """uint8 N x H x W x 3 -> float N x 3 x H x W, a view in channels_last order."""
         return images.float().div_(255).sub_(self.mean).div_(self.std).permute(0, 3, 1, 2)
 
-    def steps(self, batch_size: int) -> int:
+    def steps(self, batch_size):
         """Batches per epoch. The incomplete last batch is dropped: it distorts batch norm."""
         return max(1, len(self.train_labels) // batch_size)
 
@@ -487,11 +433,10 @@ class Data:
         """The training images of an epoch, by index, in random order. cr_qat.py has another."""
         return torch.randperm(len(self.train_labels), generator=draws)
 
-    def batches(self, batch_size: int, draws: torch.Generator,
-                views: tuple[str, ...] = ("crop+flip",)) -> Iterator[tuple[Tensor, ...]]:
+    def batches(self, batch_size, draws, views=("crop+flip",)):
         """One shuffled epoch of (images N x 3 x 32 x 32 for each of `views`, labels N). A view
-        whose name lacks "crop" or "flip" goes without it. `draws` lives on the CPU, so that a seed
-        means the same batches on every device; the first view does not depend on the others."""
+        whose name lacks "crop" or "flip" goes without it. `draws`, a generator, is on the CPU: a
+        seed means the same batches on every device."""
         device, moves = self.train_labels.device, []
         order = self.order(batch_size, draws).to(device)
         for view in views:  # rows and columns to move by, whether to mirror
@@ -501,8 +446,8 @@ class Data:
             moves.append(move.to(device))
         for i in range(self.steps(batch_size)):  # everything is on the device: no step waits
             at = slice(i * batch_size, (i + 1) * batch_size)
-            yield (*(self.cut(order[at], *move[:, at]) for move in moves),
-                   self.train_labels[order[at]])
+            images = [self.cut(order[at], *move[:, at]) for move in moves]
+            yield *images, self.train_labels[order[at]]
 
     def cut(self, index, row, column, mirrored):
         """The training images `index`, moved by (row, column), mirrored where it is 1: N each."""
@@ -512,7 +457,7 @@ class Data:
         return self.normalize(
             self.train_padded[index[:, None, None], rows[:, :, None], columns[:, None, :]])
 
-    def sample(self, count: int) -> tuple[Tensor, Tensor]:
+    def sample(self, count):
         """`count` fixed random training images, not augmented: for calibration and diagnosis."""
         draws = torch.Generator().manual_seed(random_stream("sample"))
         index = torch.randperm(len(self.train_labels), generator=draws)[:count]
@@ -520,15 +465,10 @@ class Data:
         return self.cut(index, *index.new_zeros(3, len(index))), self.train_labels[index]
 
 
-DATASETS = ["auto", "cifar10", "cifar100", "folder", "shapes"]
-
-
 def load_data(args: Namespace) -> Data:
-    """The data set of the flags --dataset, --data-dir, --train-size, --val, --pad, --device.
-
-    "auto" is CIFAR-10 if it is there or can be downloaded, else `shapes`, and says so. Subset and
-    held-out images are drawn by --fp-seed. UsageError for missing or bad data.
-    """
+    """The data set of the flags. "auto" is CIFAR-10 if it is there or can be downloaded, else
+    `shapes`, and says so. Subset and held-out images are drawn by --fp-seed. UsageError for missing
+    or bad data."""
     name = "cifar10" if args.dataset == "auto" else args.dataset
     read = {"folder": read_folder, "shapes": draw_shapes}.get(name, read_cifar)
     try:
@@ -536,8 +476,8 @@ def load_data(args: Namespace) -> Data:
     except UsageError as error:
         if args.dataset != "auto":
             raise
-        print(f"!! {error}\n!! Training on the drawn data set 'shapes' instead: its figures say "
-              "nothing about CIFAR-10.", file=sys.stderr)
+        print(f"!! {error}\n!! Training on 'shapes' instead: it says nothing about CIFAR-10.",
+              file=sys.stderr)
         name, (x, y, test_x, test_y) = "shapes", draw_shapes()
     classes = int(y.max()) + 1
     if args.val:
@@ -556,8 +496,7 @@ def load_data(args: Namespace) -> Data:
 
 
 def split(x, y, size, seed, flag):
-    """`size` random images and labels, the classes as equal in number as the data allows, and the
-    others. UsageError, naming `flag`, if there are fewer than `size`, or more classes."""
+    """`size` random images and labels, as class-balanced as the data allows, and the others."""
     if not y.max() < size < len(y):
         raise UsageError(f"{flag} {size} should be from {y.max() + 1}, the number of classes, to "
                          f"{len(y) - 1}, all training images but one")
@@ -607,11 +546,9 @@ def read_folder(data_dir, name):
 
 
 def draw_shapes(*_, train=2560, test=1000, seed=0):
-    """Ten classes drawn by one formula: 0, 2, 3, 4 or 6 lobes, filled or hollow, of random place,
-    size, turn and brightness, in coloured noise.
+    """Ten classes: 0, 2, 3, 4 or 6 lobes, filled or hollow (h = -1 or 0.55), random but for that.
 
-        drawn where  h < rho / (r (1 + 0.4 cos(lobes * theta))) < 1,  h = 0.55 if hollow, else -1
-    """
+        drawn where  h < rho / (r (1 + 0.4 cos(lobes * theta))) < 1"""
     rng, n = np.random.default_rng(seed), train + test
     kind, u = rng.permutation(np.arange(n) % 10)[:, None, None], rng.random((6, n, 1, 1))
     lobes, h = np.array([0, 2, 3, 4, 6])[kind % 5], np.where(kind > 4, 0.55, -1)
@@ -633,23 +570,20 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
 
 
-def number(kind: type, low: float, high: float) -> Callable:
+def number(kind, low, high):
     """An argparse type: a `kind` (int or float) within [low, high]; nan is refused."""
-    def parse(text: str):
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
-        if low <= value <= high:
-            return value
+    def parse(text):
+        with suppress(ValueError):
+            if low <= kind(text) <= high:
+                return kind(text)
         word = "a whole number" if kind is int else "a number"
         raise argparse.ArgumentTypeError(f"{text!r} should be {word} from {low:g} to {high:g}")
     return parse
 
 
-def add_flags(parser: Parser, title: str, *flags: tuple) -> None:
-    """A group of flags, each (name, type, default, help). A list as the type holds the choices,
-    bool makes a switch; a list as the default takes several values."""
+def add_flags(parser, title, *flags):
+    """A group of flags (name, type, default, help); a list as type holds the choices, as default
+    takes several values; bool makes a switch."""
     group = parser.add_argument_group(title)
     for name, kind, default, text in flags:
         how = ({"action": "store_true"} if kind is bool
@@ -667,7 +601,8 @@ def base_parser(description: str, fewest_bits: int = 2) -> Parser:
     rate, decay = number(float, 1e-9, 1e3), number(float, 0, 1)
     add_flags(
         p, "data",
-        ("--dataset", DATASETS, "auto", "auto: cifar10 if it is at hand, else shapes"),
+        ("--dataset", ["auto", "cifar10", "cifar100", "folder", "shapes"], "auto",
+         "auto: cifar10 if it is at hand, else shapes"),
         ("--data-dir", Path, Path("data"), "where data sets lie"),
         ("--train-size", count, None, "size of a class-balanced subset to train on"),
         ("--val", count, None, "evaluate on so many held-out training images, not on test images"),
@@ -708,12 +643,9 @@ def base_parser(description: str, fewest_bits: int = 2) -> Parser:
 
 
 def parse(parser: Parser, recipe: dict) -> Namespace:
-    """The command line, complete: what cannot work is found now, not after an hour.
-
-    `--recipe paper` puts `recipe` in place of the defaults and prints it. Flags given beside it
-    win, and so does --bits over the recipe's wbits and abits. On CIFAR-100 the stem is "cifar"
-    [choice]: full precision's published accuracy suggests it there, and "imagenet" on CIFAR-10.
-    """
+    """The command line. `--recipe paper` puts `recipe` in place of the defaults and prints it.
+    Flags beside it win, and so does --bits over its wbits and abits. On CIFAR-100 the stem is
+    "cifar" [choice]: full precision's published accuracy suggests it there."""
     args = parser.parse_args()
     if args.recipe:
         given = ("wbits", "abits") if args.bits else ()
@@ -721,8 +653,9 @@ def parse(parser: Parser, recipe: dict) -> Namespace:
             recipe = recipe | {"stem": "cifar"}
         parser.set_defaults(**{k: v for k, v in recipe.items() if k not in given})
         args = parser.parse_args()
-        print("--recipe paper:", *(f"--{k.replace('_', '-')} {getattr(args, k)}" for k in recipe))
     args.wbits, args.abits = args.wbits or args.bits or 2, args.abits or args.bits or 2
+    if args.recipe:
+        print("--recipe paper:", *(f"--{k.replace('_', '-')} {getattr(args, k)}" for k in recipe))
     args.script, args.command = parser.prog, shlex.join(["python", parser.prog, *sys.argv[1:]])
     args.seed = list(dict.fromkeys(args.seed))
     if args.device == "auto":
@@ -743,7 +676,7 @@ def parse(parser: Parser, recipe: dict) -> Namespace:
     return args
 
 
-def entry(main: Callable[[], None]) -> None:
+def entry(main):
     """Run a script. What a user can cause ends in one line: 2 usage or disk, 3 loss, 130 Ctrl-C."""
     if sys.platform == "linux":
         # By default glibc returns large blocks to the kernel, and every large tensor then pays for
@@ -775,16 +708,15 @@ def sgd(model: nn.Module, lr: float, weight_decay: float, **options) -> torch.op
     return torch.optim.SGD(groups, lr, momentum=0.9, weight_decay=weight_decay, **options)
 
 
-def fp_optimizer(args: Namespace, model: nn.Module) -> torch.optim.Optimizer:
+def fp_optimizer(args, model):
     """Of full precision: Nesterov SGD, or AdamW for vit_tiny [choice]."""
     if args.model == "vit_tiny":
         return torch.optim.AdamW(model.parameters(), args.fp_lr / 200, weight_decay=0.05)
     return sgd(model, args.fp_lr, args.fp_weight_decay, nesterov=True)
 
 
-def cosine_lr(step: int, total: int, peak: float, warmup: float = 0.0) -> float:
-    """Linear to `peak` over the first `warmup` share of `total` steps, then cosine to 0.
-    A pure function of the step, so that resuming needs no scheduler state."""
+def cosine_lr(step, total, peak, warmup=0.0):
+    """Linear to `peak` over the first `warmup` share of `total` steps, then cosine to 0."""
     ramp = warmup * total
     if step < ramp:
         return peak * (step + 1) / (ramp + 1)
@@ -808,14 +740,11 @@ class Run:
                 run.log(loss=loss)                 # a mean over the epoch; no device is waited for
         result = run.finish()                      # batch norm, evaluation, line in results.jsonl
 
-    `parts` is all that training changes: objects with state_dict and load_state_dict, by name.
-    Random numbers depend on (seed, epoch) only, so resuming after any epoch is bit-identical. A
-    digest of all that shapes training is in the checkpoint's name: other settings, another file.
-    `shared`: full precision, which is read without --resume wherever FP_FLAGS are the same.
-    """
+    `parts` is all that training changes, by name. Random numbers depend on (seed, epoch) only, so
+    resuming is bit-identical. A digest of all that shapes training is in the checkpoint's name.
+    `shared`: full precision, which is read without --resume wherever FP_FLAGS are the same."""
 
-    def __init__(self, args: Namespace, data: Data, method: str, seed: int, epochs: int,
-                 warmup: float = 0.0, shared: bool = False, **parts):
+    def __init__(self, args, data, method, seed, epochs, warmup=0.0, shared=False, **parts):
         self.args, self.data, self.method, self.seed, self.parts = args, data, method, seed, parts
         self.total, self.warmup, self.shared = epochs, warmup, shared
         self.peak, self.history, self.results = parts["optimizer"].defaults["lr"], [], {}
@@ -823,8 +752,8 @@ class Run:
             k: v for k, v in sorted(vars(args).items())
             if k in FP_FLAGS or not (shared or k in NOT_SHAPING or isinstance(v, bool))}
         script = "" if shared else Path(args.script).stem + "-"
-        digest = hashlib.sha256(json.dumps(self.identity).encode()).hexdigest()[:8]
-        self.path = args.out / f"{script}{method}-{args.model}-{data.name}-s{seed}-{digest}.pt"
+        digest = random_stream(self.identity)
+        self.path = args.out / f"{script}{method}-{args.model}-{data.name}-s{seed}-{digest:08x}.pt"
         if (args.resume or shared) and self.path.exists():
             self.load()
 
@@ -837,9 +766,9 @@ class Run:
             for name, part in self.parts.items():
                 part.load_state_dict(state[name])
             self.history, self.results = state["history"], state["results"]
-        except Exception as error:  # half a dozen kinds for a damaged or incomplete file
-            raise UsageError(f"{self.path} is damaged or made by another command "
-                             f"({type(error).__name__}); delete it to start afresh") from None
+        except Exception:  # half a dozen kinds for a damaged or incomplete file
+            raise UsageError(f"{self.path} is damaged or made by another command; delete it to "
+                             "start afresh") from None
 
     def save(self):
         state = {"identity": self.identity, "history": self.history, "results": self.results}
@@ -856,7 +785,7 @@ class Run:
         stage = "full precision" if self.shared else "method"
         return random_stream(stage, purpose, self.seed, self.epoch)
 
-    def epochs(self) -> Iterator[int]:
+    def epochs(self):
         for self.epoch in range(len(self.history), self.total):
             torch.manual_seed(self.stream("noise"))
             self.sums, self.notes = {}, {}
@@ -876,16 +805,16 @@ class Run:
     def show(self, text):
         print(f"{self.method:<9} seed {self.seed}  {text}", flush=True)
 
-    def batches(self, views: tuple[str, ...] | None = None) -> Iterator[tuple[Tensor, ...]]:
+    def batches(self, views=None):
         """The batches of the epoch, one image tensor for each of `views`, by default --augment."""
         started = shown = time.perf_counter()
         size, steps = self.args.batch_size, self.data.steps(self.args.batch_size)
         draws = torch.Generator().manual_seed(self.stream("batches"))
         for i, batch in enumerate(self.data.batches(size, draws, views or (self.args.augment,))):
             self.time = self.epoch + i / steps  # epochs so far, for ramps
+            rate = cosine_lr(self.epoch * steps + i, self.total * steps, self.peak, self.warmup)
             for group in self.parts["optimizer"].param_groups:
-                group["lr"] = cosine_lr(self.epoch * steps + i, self.total * steps, self.peak,
-                                        self.warmup)
+                group["lr"] = rate
             yield batch
             now = time.perf_counter()
             if sys.stdout.isatty() and now > shown + 1:  # waits for the device: once a second
@@ -899,26 +828,23 @@ class Run:
     def check(self, *losses):
         """FloatingPointError, which ends the script, if a loss is not finite."""
         if not all(map(math.isfinite, losses)):
-            raise FloatingPointError(f"{self.method}: the loss is not finite in epoch "
-                                     f"{self.epoch + 1}; its learning rate peaks at {self.peak:g}, "
-                                     "try a smaller one (--fp-lr in full precision, --lr after it)")
+            raise FloatingPointError(
+                f"{self.method}: the loss is not finite in epoch {self.epoch + 1}; its learning "
+                f"rate peaks at {self.peak:g}, try a smaller one (--lr; in full precision --fp-lr)")
 
-    def log(self, **losses: Tensor) -> None:
+    def log(self, **losses):
         for name, value in losses.items():
             self.sums[name] = self.sums.get(name, 0) + value.detach()
 
-    def finish(self, model: nn.Module | None = None, **row) -> dict:
-        """The result of the trained network, or of another `model` of this run; `row` sets or
-        changes entries. One line of results.jsonl, however often the run is resumed.
-
-        Batch norm's running statistics are first taken anew from one fixed pass over the training
-        images, in every script and for every row alike [choice]: those left by training follow the
-        last few batches, and move a result by up to a point.
-        """
+    def finish(self, model=None, **row):
+        """The result of the trained network, or of another `model` of this run; `row` sets entries.
+        One line of results.jsonl, however often the run is resumed. Batch norm's statistics are
+        first taken anew from one fixed pass over the training images [choice]: those left by
+        training follow the last few batches, and move a result by up to a point."""
         a, model, method = self.args, model or self.parts["model"], row.get("method", self.method)
         if method not in self.results:
             draws = torch.Generator().manual_seed(random_stream("batch norm"))
-            update_bn((x for x, _ in self.data.batches(a.batch_size, draws, (a.augment,))), model)
+            update_bn(self.data.batches(a.batch_size, draws, (a.augment,)), model)
             acc, loss = evaluate(model, self.data)
             self.results[method] = self.identity | {
                 "script": a.script, "dataset": self.data.name, "split": self.data.split,
@@ -932,7 +858,7 @@ class Run:
         return record(a.out, result)
 
 
-def record(out: Path, result: dict) -> dict:
+def record(out, result):
     """Append result to OUT/results.jsonl unless it is there already."""
     line = json.dumps(result).encode() + b"\n"
     with open(out / "results.jsonl", "a+b", buffering=0) as file:
@@ -946,8 +872,7 @@ def record(out: Path, result: dict) -> dict:
 
 
 def full_precision(args: Namespace, data: Data) -> tuple[nn.Module, dict]:
-    """The full-precision network in eval mode and its result. It is trained once and then read
-    from its checkpoint, by all methods, seeds and scripts that ask for the same."""
+    """The full-precision network in eval mode and its result; trained once, then read."""
     torch.manual_seed(random_stream("weights", args.fp_seed))
     model = build_model(args.model, data.classes, args.depth, args.stem)
     model = model.to(args.device, memory_format=torch.channels_last)
@@ -965,29 +890,29 @@ def full_precision(args: Namespace, data: Data) -> tuple[nn.Module, dict]:
     return model.eval(), result
 
 
-def per_seed(args: Namespace) -> Iterator[tuple[Namespace, int, Data]]:
+def per_seed(args):
     """(args, seed, data) for every --seed. Where --fp-seed is "same", it is that seed."""
-    data = None
+    data, same = None, args.fp_seed == "same"
     for seed in args.seed:
-        same = args.fp_seed == "same"
-        args_of_seed = Namespace(**vars(args) | {"fp_seed": seed if same else args.fp_seed})
-        data = load_data(args_of_seed) if same or data is None else data
-        yield args_of_seed, seed, data
+        own = copy.copy(args)
+        if same:
+            own.fp_seed = seed
+        data = load_data(own) if same or data is None else data
+        yield own, seed, data
 
 
-def print_row(*cells) -> None:
+def print_row(*cells):
     print(" ".join(f"{cell:<19}" for cell in cells).rstrip())
 
 
-def mean_and_error(values: list[float], signed: str = "") -> str:
+def mean_and_error(values, signed=""):
     """mean ± standard error of the mean, if there are two values or more."""
     error = f" ± {np.std(values, ddof=1) / len(values) ** 0.5:.2f}" if len(values) > 1 else ""
     return f"{np.mean(values):{signed}.2f}{error}" if values else ""
 
 
 def result_table(results: list[dict]) -> str:
-    """One row per method and bits: accuracy after the last epoch, and its difference to the
-    baseline of the same seed; mean ± standard error over seeds."""
+    """A row per method and bits: accuracy, and its difference to the baseline of the same seed."""
     first, groups = results[0], {}
     for r in results:
         groups.setdefault((r["method"], r["wbits"], r["abits"]), {})[r["seed"]] = r
@@ -1032,9 +957,9 @@ def gradient_ratio(term: Tensor, cross_entropy: Tensor, model: nn.Module) -> flo
     return (of_term / of_cross_entropy).item()
 
 
-def hessian_vector(loss_fn: Callable[[], Tensor], params: list[Tensor]) -> tuple[Callable, Tensor]:
-    """(v -> H v, zeros like v) for vectors v of all entries of `params`; H is the Hessian of
-    loss_fn() in them, on a quantized network that of its straight-through gradients."""
+def hessian_vector(loss_fn, params):
+    """(v -> H v, zeros like v), v a vector of all entries of the tensors `params`; H is the Hessian
+    of loss_fn() in them, on a quantized network that of its straight-through gradients."""
     def flat_grad(out, v=None):
         grads = torch.autograd.grad(out, params, v, create_graph=v is None, retain_graph=True,
                                     materialize_grads=True)
@@ -1044,7 +969,7 @@ def hessian_vector(loss_fn: Callable[[], Tensor], params: list[Tensor]) -> tuple
     return lambda v: flat_grad(gradient, v), torch.zeros_like(gradient)
 
 
-def hessian_trace(loss_fn: Callable[[], Tensor], params: list[Tensor], probes: int,
+def hessian_trace(loss_fn, params: list[Tensor], probes: int,
                   generator: torch.Generator | None = None) -> tuple[float, float]:
     """Tr(H), which noise penalises by Eq. 7, after Hutchinson: (mean, standard error) of v.Hv over
     `probes` >= 2 random sign vectors v."""
@@ -1054,7 +979,7 @@ def hessian_trace(loss_fn: Callable[[], Tensor], params: list[Tensor], probes: i
     return samples.mean().item(), samples.std().item() / math.sqrt(probes)
 
 
-def hessian_top_eigenvalue(loss_fn: Callable[[], Tensor], params: list[Tensor], iters: int,
+def hessian_top_eigenvalue(loss_fn, params: list[Tensor], iters: int,
                            generator: torch.Generator | None = None) -> float:
     """The Hessian eigenvalue of largest magnitude, by `iters` steps of power iteration."""
     product, zeros = hessian_vector(loss_fn, params)
@@ -1081,9 +1006,8 @@ def sharpness(model: nn.Module, data: Data, probes: int = 8, iters: int = 0) -> 
 
 
 @contextmanager
-def shifted(params: list[Tensor], shifts: list[Tensor]) -> Iterator[None]:
-    """Within: params + shifts. After: the shifts are taken out, bit for bit if nothing else
-    happened to the parameters; a training step taken within is kept."""
+def shifted(params, shifts):
+    """Within: params + shifts. After: without, bit for bit; a step taken within is kept."""
     with torch.no_grad():
         latent = [p.clone() for p in params]
         moved = [p.add_(shift).clone() for p, shift in zip(params, shifts)]
@@ -1095,12 +1019,13 @@ def shifted(params: list[Tensor], shifts: list[Tensor]) -> Iterator[None]:
                 p.copy_(w + (p - m))
 
 
+@dataclass
 class SAM:
     """Sharpness-aware minimisation (Foret et al. 2021): the gradient at w + rho g / |g|, w being
     all parameters, step sizes too [choice]."""
 
-    def __init__(self, model: nn.Module, rho: float):
-        self.model, self.rho = model, rho
+    model: nn.Module
+    rho: float
 
     def ascended(self):
         """A context: parameters w + rho g / |g| within, g their .grad on entry; w after it. Both

@@ -318,7 +318,8 @@ def test_recipe_sets_what_no_flag_does_and_bits_win(parse, capsys):
         args = parse(script, *flags.split())
         assert args.stem == ("imagenet" if script == "cr_qat" else "cifar")
         assert [args.wbits, args.abits, args.batch_size, args.seed] == expected
-    assert "--recipe paper: --model resnet18" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "--recipe paper: --model resnet18" in out and "--wbits 3 --abits 3 --batch-size" in out
     assert parse("fpq", "--recipe", "paper", "--dataset", "cifar100").stem == "cifar"
 
 
