@@ -270,15 +270,17 @@ def test_full_precision_is_trained_on_cross_entropy_once(parse, tiny_data, monke
     assert (args.out / "results.jsonl").read_text().count("\n") == 1
 
 
-def test_fp_seed_same_trains_a_full_precision_network_for_each_seed(run):
+def test_fp_seed_same_trains_a_full_precision_network_for_each_seed(run, monkeypatch):
     each = run("fpq", *SHAPES, "--train-size", "640", "--seed", "2", "1", "2",
                "--method", "baseline", "--fp-seed", "same")
     assert [(r["method"], r["seed"], r["fp_seed"]) for r in each.results] == [
         ("fp", 2, 2), ("baseline", 2, 2), ("fp", 1, 1), ("baseline", 1, 1)]
     data = [r["data"] for r in each.results]  # the subset is the seed's, too
     assert data[0] == data[1] != data[2] and "one full-precision network" not in each.out
+    loads, load_once = [], common.load_data
+    monkeypatch.setattr(common, "load_data", lambda args: loads.append(1) or load_once(args))
     shared = run("fpq", *SHAPES, "--seed", "2", "1", "--fp-seed", "3", "--method", "baseline")
-    assert [r["fp_seed"] for r in shared.results[4:]] == [3] * 3
+    assert [r["fp_seed"] for r in shared.results[4:]] == [3] * 3 and len(loads) == 1
     assert "one full-precision network" in shared.out
 
 
