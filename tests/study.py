@@ -98,7 +98,9 @@ def tuning_table(rows: list[dict]) -> str:
                     more = f" ({len(acc)})" if len(acc) > 1 else ""
                     cells.append(f"{value:g}: {np.mean(acc):.1f}{more}")
             columns.append(", ".join(cells))
-        lines.append(f"| `{script}` {method} | `{flag}` | {' | '.join(columns)} |")
+        if any(columns):
+            if any(columns):
+            lines.append(f"| `{script}` {method} | `{flag}` | {' | '.join(columns)} |")
     return "\n".join(lines)
 
 
