@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+from argparse import Namespace
 
 import pytest
 import torch
@@ -282,8 +283,9 @@ def test_loss_falls_on_one_batch(model, quantizer, bits, tiny_data):
     torch.manual_seed(0)
     images, labels = tiny_data.sample(20)
     network = build_model(model, 10, depth=1)
-    train(network, images, labels, common.sgd(network, 0.05, 0, nesterov=True), 15)
+    args = Namespace(model=model, fp_lr=0.2 if model == "vit_tiny" else 0.05, fp_weight_decay=0)
+    train(network, images, labels, common.fp_optimizer(args, network), 15)
     student = quantize(network, *bits, quantizer)
     calibrate(student, images, candidates=20)
-    losses = train(student, images, labels, common.sgd(student, 0.02, 0), 15)
+    losses = train(student, images, labels, common.sgd(student, 0.02, 0), 30)
     assert losses[-1] < 0.8 * min(losses[0], 2.0)
