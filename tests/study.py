@@ -99,7 +99,6 @@ def tuning_table(rows: list[dict]) -> str:
                     cells.append(f"{value:g}: {np.mean(acc):.1f}{more}")
             columns.append(", ".join(cells))
         if any(columns):
-            if any(columns):
             lines.append(f"| `{script}` {method} | `{flag}` | {' | '.join(columns)} |")
     return "\n".join(lines)
 

@@ -15,7 +15,8 @@ from torch import nn
 from torch.optim.swa_utils import update_bn
 
 import common
-from conftest import SHAPES, draw_shapes, first_step, load
+import study
+from conftest import ROOT, SHAPES, draw_shapes, first_step, load
 
 exactly = {"rtol": 0, "atol": 0}
 
@@ -323,6 +324,11 @@ def test_recipe_sets_what_no_flag_does_and_bits_win(parse, capsys):
     out = capsys.readouterr().out
     assert "--recipe paper: --model resnet18" in out and "--wbits 3 --abits 3 --batch-size" in out
     assert parse("fpq", "--recipe", "paper", "--dataset", "cifar100").stem == "cifar"
+
+
+def test_the_readme_has_the_table_of_the_committed_data():
+    table = study.tuning_table(study.read(ROOT / "tests" / "data" / "tuning.jsonl"))
+    assert table in (ROOT / "README.md").read_text()
 
 
 def test_out_of_memory_is_one_line_and_a_bug_a_traceback(capsys):
