@@ -71,11 +71,9 @@ def parse_args() -> Namespace:
         ("--ablate", bool, False, f"train {' '.join(METHODS)}"),
         ("--diagnose", bool, False, "rank of the features, series, experts, force of the term"))
     args = common.parse(parser, PAPER)
-    if args.ablate:
-        args.method = list(METHODS)
+    args.method = list(METHODS if args.ablate else dict.fromkeys(args.method))
     if args.order and "mec" not in args.method:
         parser.error("--order is of the series that --method mec takes; name mec, or leave it away")
-    args.method = list(dict.fromkeys(args.method))
     return args
 
 

@@ -1,7 +1,7 @@
 """Runs what is missing of a list of commands, one process a core, and keeps their results as data:
 
     python tests/study.py tuning --data-dir DIR     weights and constants, on held-out images
-    python tests/study.py tuning --table            the table of the README, from the data
+    python tests/study.py tuning                    the table of the README, from the data
 
 DIR is CIFAR-10 as a folder of images. Every command is the exact command line of a script, for one
 method and one seed. Stopped at any moment, the same call goes on. Data: tests/data/NAME.jsonl.
@@ -83,7 +83,7 @@ def run(commands: list[str], data: Path, data_dir: Path, out: Path, jobs: int) -
 
 def tuning_table(rows: list[dict]) -> str:
     """Mean accuracy on held-out images for each value, over the seeds there are."""
-    lines = ["| script, method | flag | with crop and flip | without augmentation |",
+    lines = ["| script, method | flag | value: accuracy %, crop and flip | without augmentation |",
              "|---|---|---|---|"]
     for script, method, flag, values, _ in GRIDS:
         bits = (2, 4) if script == "flat_quant.py" else (2, 2)
@@ -107,13 +107,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("plan", choices=["tuning"])
-    parser.add_argument("--data-dir", type=Path, help="CIFAR-10 as a folder of images")
+    parser.add_argument("--data-dir", type=Path,
+                        help="CIFAR-10 as a folder of images; without it, print the table")
     parser.add_argument("--out", type=Path, default=ROOT / "runs", help="for checkpoints")
     parser.add_argument("--jobs", type=int, default=2, help="processes at a time")
-    parser.add_argument("--table", action="store_true", help="print what the data say")
     args = parser.parse_args()
     data = ROOT / "tests" / "data" / f"{args.plan}.jsonl"
-    if args.table or args.data_dir is None:
+    if args.data_dir is None:
         print(tuning_table(read(data)))
     else:
         run(tuning(), data, args.data_dir.resolve(), args.out.resolve(), args.jobs)
