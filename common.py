@@ -47,7 +47,8 @@ def fake_quantize_definition(x: Tensor, step_size: Tensor, zero_point: float, qm
 
         x_hat = (clip(round(x/s) + z, q_min, q_max) - z) * s
 
-    Rounding has gradient 0 almost everywhere; the straight-through estimator (STE) makes it 1."""
+    Values are rounded to a grid of 2^bits levels, but stay floats; z is whole. Rounding has
+    gradient 0 almost everywhere; the straight-through estimator (STE) makes it 1."""
     v = torch.clamp(x / step_size, qmin - zero_point, qmax - zero_point)
     v = v + (v.round() - v).detach()  # forward: round(v); backward: the gradient of v
     return v * step_size
@@ -140,7 +141,8 @@ class Quantizer(nn.Module):
 
     def grad_scale(self, x):
         """LSQ's 1 / sqrt(N q_max); N elements of x share a step size. As in MQBench, N counts the
-        batch for activations [choice], and weights have q_max = 2^bits - 1 too [choice]."""
+        batch for activations; LSQ's text leaves it out [choice]. Weights have q_max = 2^bits - 1,
+        too, as their grid is not LSQ's signed one [choice]."""
         return (x.numel() / self.step_size.numel() * self.qmax) ** -0.5
 
     def forward(self, x):
