@@ -38,13 +38,14 @@ from torch.optim.swa_utils import AveragedModel
 
 PAPER = {"model": "resnet18", "dataset": "cifar100", "wbits": 2, "abits": 4, "batch_size": 256,
          "fp_lr": 0.015, "fp_weight_decay": 5e-4, "fp_epochs": 120, "ramp_epochs": 20.0, "pad": 4,
-         "label_smoothing": 0.1}  # the authors'; their averaging at a held rate is not built
+         "label_smoothing": 0.1, "swa_rate": 0.01}  # the authors'
 
 # sgd is the plain network; the weight noises are told apart in `train`.
 WEIGHT_NOISES = ["weight", "additive", "isotropic", "wrong-bits"]
 METHODS = ["sgd", *WEIGHT_NOISES, "activation", "weight+activation", "sam"]
 PTQ_BITS = [(8, 8), (4, 4), (3, 4), (2, 4)]
 PROBES, ITERATIONS = 8, 15  # of the Hessian's trace and of its top eigenvalue
+FLATNESS = "trace", "trace_error", "top_eigenvalue"  # in results.jsonl; error: standard error
 
 
 def parse_args() -> Namespace:
@@ -59,6 +60,8 @@ def parse_args() -> Namespace:
         ("--rho", number(float, 0, 1), 0.5, "share of the activations with noise"),
         ("--mask", ["uniform", "salience"], "uniform", "at random, or more in large channels"),
         ("--label-smoothing", number(float, 0, 1), 0.0, "of the labels in training"),
+        ("--swa-rate", number(float, 0, 1), 0.0, "share of the peak at which the learning rate is "
+                                                 "held while SWA averages; 0: a cosine to the end"),
         ("--sam-rho", number(float, 0, 1e3), 0.05, "radius of SAM's ascent"),
         ("--noise-bits", number(int, 2, 8), 8, "at which wrong-bits, a control, measures"),
         ("--study", bool, False, "train all methods"),
@@ -245,6 +248,8 @@ def train(args: Namespace, data: Data, method: str, seed: int) -> dict[str, tupl
     run = Run(args, data, method, seed, args.fp_epochs, warmup=0.1, model=model,
               optimizer=optimizer, average=average)
 
+    half, steps = args.fp_epochs // 2, data.steps(args.batch_size)
+
     def backward(images, labels):
         loss = F.cross_entropy(model(images), labels, label_smoothing=args.label_smoothing)
         optimizer.zero_grad()
@@ -257,6 +262,11 @@ def train(args: Namespace, data: Data, method: str, seed: int) -> dict[str, tupl
         if on_activations:
             on_activations.measure(data.sample(100)[0])
         for images, labels in run.batches():
+            if args.swa_rate:  # the cosine then ends where averaging begins
+                at, end = run.time * steps, half * steps
+                rate = common.cosine_lr(at, end, run.peak, warmup=0.1) if at < end else 0
+                for group in optimizer.param_groups:
+                    group["lr"] = max(rate, args.swa_rate * run.peak)
             ramp = min(1, run.time / args.ramp_epochs) if args.ramp_epochs else 1
             strength = args.noise_lambda * ramp
             with (on_weights.injected(strength) if on_weights else nullcontext(),
@@ -270,7 +280,7 @@ def train(args: Namespace, data: Data, method: str, seed: int) -> dict[str, tupl
             if "additive" in parts:
                 optimizer.step()
             run.log(loss=loss)
-        if epoch >= args.fp_epochs // 2:
+        if epoch >= half:
             average.update_parameters(model)
     full = {"wbits": 32, "abits": 32, "quantizer": None}
     return {method: (model.eval(), run.finish(**full)),
@@ -290,11 +300,12 @@ def ptq(args: Namespace, data: Data, network: nn.Module, wbits: int, abits: int)
 
 
 def quantized_results(args: Namespace, data: Data, network: nn.Module, result: dict) -> list[dict]:
-    """Results of `network` after PTQ, at the bits asked for and at PTQ_BITS."""
+    """Results of `network` after PTQ, at the bits asked for and at PTQ_BITS, with its flatness."""
+    flatness = dict(zip(FLATNESS, common.sharpness(network, data, PROBES, ITERATIONS)))
     results = []
     for wbits, abits in dict.fromkeys([(args.wbits, args.abits), *PTQ_BITS]):
         acc, loss = common.evaluate(ptq(args, data, network, wbits, abits), data)
-        results.append(common.record(args.out, result | {
+        results.append(common.record(args.out, result | flatness | {
             "quantizer": args.quantizer, "wbits": wbits, "abits": abits, "acc": acc, "loss": loss}))
     return results
 
@@ -316,19 +327,18 @@ def ptq_table(results: list[dict]) -> str:
 def main() -> None:
     results = []
     for args, seed, data in common.per_seed(parse_args()):
-        networks, flatness = {}, []
+        networks = {}
         for method in args.method:
             networks |= train(args, data, method, seed)
-        for network, result in networks.values():
-            after = quantized_results(args, data, network, result)
-            results += [result, *after]
-            sharpness = common.sharpness(network, data, PROBES, ITERATIONS)
-            flatness.append((result["acc"] - after[0]["acc"], *sharpness))
+        last = [(result, quantized_results(args, data, network, result))
+                for network, result in networks.values()]
+        results += [r for result, after in last for r in (result, *after)]
     print(ptq_table(results))
     print(f"\nflatness, last seed; drop in % by PTQ at W{args.wbits}A{args.abits}")
-    print_row("method", "drop", "Hessian trace", "standard error", "top eigenvalue")
-    for name, numbers in zip(networks, flatness):
-        print_row(name, *(f"{v:.2f}" for v in numbers))
+    print_row("method", "drop", *FLATNESS)
+    for before, (after, *_) in last:
+        print_row(before["method"], *(f"{v:.2f}" for v in (
+            before["acc"] - after["acc"], *(after[k] for k in FLATNESS))))
     if args.measure:
         measure(args, data, networks[args.method[0]][0])
 

@@ -235,7 +235,8 @@ def train(args: Namespace, data: Data, method: str, seed: int,
             grads = [layer.weight.grad for layer in layers_of(student)]
             run.notes["gradient"] = nn.utils.get_total_norm(grads).item()  # of the last step
             run.notes["trace"] = common.sharpness(student, data)
-    return student.eval(), run.finish(), run.history
+    figures = {"history": run.history} if args.diagnose else {}
+    return student.eval(), run.finish(**figures), run.history
 
 
 # ----------------------------------------------------------------- the paper's figures as numbers

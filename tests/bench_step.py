@@ -4,8 +4,8 @@ Each row is a script that trains as its user starts it, in a process of its own,
 time, in turn with the others: W2A2, batch 128. The table has the seconds of a step, data included,
 over those of the full-precision step of the same turn: the median over the turns, so a machine
 that changes its speed changes little. Flags of the scripts are passed on to them (--device cpu).
-The last rows are the baseline with LSQ out of elementary operations, with torch's learnable
-operators, and with the quantizers of torchao and brevitas, if they are installed.
+The last rows are the baseline with torch's learnable operators, and with the quantizers of torchao
+and brevitas, if they are installed.
 """
 
 import argparse
@@ -21,11 +21,6 @@ from pathlib import Path
 
 import torch
 from torch import nn
-
-
-def elementary(common):
-    common.fake_quantize = lambda x, s, z, low, high, scale=1.0: common.fake_quantize_definition(
-        x, common.scale_gradient(s, scale), z, low, high)
 
 
 def torch_operators(common):
@@ -74,7 +69,7 @@ VARIANTS = {"full precision": ("flat_quant", "sgd"), "baseline": ("fpq", "baseli
             "fpq": ("fpq", "fpq"), "cr": ("cr_qat", "cr"), "mec-quant": ("mec_quant", "mec-quant"),
             "dnq": ("flat_quant", "weight+activation")}
 VARIANTS |= {peer.__name__: ("fpq", "baseline", peer)
-             for peer in (elementary, torch_operators, torchao, brevitas)}
+             for peer in (torch_operators, torchao, brevitas)}
 
 
 def child(pipe, flags, script, method, peer=lambda common: None):

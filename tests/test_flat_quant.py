@@ -226,6 +226,15 @@ def test_noise_while_the_weights_stay_leaves_no_trace(train, network, tiny_data)
         assert (result["acc"], result["loss"]) == common.evaluate(network, tiny_data)
 
 
+def test_rate_is_held_while_swa_averages(train, monkeypatch):
+    rates, step = [], torch.optim.SGD.step
+    monkeypatch.setattr(torch.optim.SGD, "step", lambda optimizer: (
+        rates.append(optimizer.param_groups[1]["lr"]), step(optimizer)))
+    train("sgd", fp_epochs=8, swa_rate=0.2)
+    cosine = [common.cosine_lr(i, 8, 0.2, warmup=0.1) for i in range(8)]
+    assert rates == pytest.approx([*cosine[:6], *[0.2 * 0.2] * 10])
+
+
 def test_average_is_that_of_the_last_half_of_the_epochs(train, tiny_data, monkeypatch):
     seen, save = [], common.Run.save
     monkeypatch.setattr(common.Run, "save", lambda run: (

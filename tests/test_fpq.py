@@ -232,9 +232,10 @@ def test_figures_by_hand(parse, tiny_data):
     x_hat = student[1][0].input_quantizer(student[0](images)).detach()
     same(fpq.relu_output(student, images), x_hat.permute(0, 2, 3, 1).reshape(-1, 4))
     args = parse("fpq", "--diagnose")
-    student, _, history = fpq.train(args, tiny_data, "fpq", 0, network)
+    student, result, history = fpq.train(args, tiny_data, "fpq", 0, network)
     grads = [layer.weight.grad for layer in common.weight_layers(student).values()][:-1]
     assert history[-1]["gradient"] == nn.utils.get_total_norm(grads)
+    assert result["history"] == history
     tokens = common.build_model("vit_tiny", 10, depth=1)
     assert fpq.relu_output(tokens, images[:2]).shape == (2 * 65, 192)
 
