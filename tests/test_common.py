@@ -323,7 +323,17 @@ def test_recipe_sets_what_no_flag_does_and_bits_win(parse, capsys):
     assert parse("fpq", "--recipe", "paper", "--dataset", "cifar100").stem == "cifar"
 
 
-def test_the_readme_has_the_table_of_the_committed_data():
+def test_study_table_pairs_seeds_and_has_the_published_gain():
+    (column, _), (first, second) = study.BOTH, study.methods("baseline", "fpq")
+    table = ("FPQ", "fpq.py", "--bits 2", [first, second], [column], 3)
+    rows = [{"command": study.command(*table[1:3], row, column, seed), "method": row[0],
+             "acc": acc, "wbits": 2, "abits": 2} for row, seed, acc in (
+        (second, 1, 84.0), (second, 0, 82.5), (first, 0, 80.0), (first, 1, 82.0), (first, 2, 81.0))]
+    assert study.study_table(table, rows).split("\n")[2:] == [
+        "| baseline | 81.00 ± 0.58 |  |  | 3 |", "| fpq | 83.25 ± 0.75 | +2.25 ± 0.25 | +0.51 | 2 |"]
+
+
+def test_the_readme_has_the_tables_of_the_committed_data():
     readme = (ROOT / "README.md").read_text()
     assert all(table in readme for table in study.report().split("\n\n"))
 
