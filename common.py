@@ -384,7 +384,7 @@ def build_model(name: str, classes: int, depth: int = 4, stem: str = "cifar") ->
         return mobilenet_v1(classes, stem)
     if name in ("resnet8", "resnet20"):  # resnet8 is that of MLPerf Tiny, 78 k parameters
         return cifar_resnet(1 if name == "resnet8" else 3, classes)
-    # Blocks of a ResNet start as the identity: else the first steps throw a ResNet-50 far off.
+    # Blocks of a ResNet start as the identity [choice]: the first steps threw a ResNet-50 far off.
     options = {"dropout": 0.0} if name == "mobilenet_v2" else {"zero_init_residual": True}
     model = torchvision.models.get_model(name, num_classes=classes, **options)
     if stem == "cifar" and name == "mobilenet_v2":
@@ -640,7 +640,7 @@ def base_parser(description: str, fewest_bits: int = 2) -> Parser:
         ("--dry-run", bool, False, "two steps of everything, into OUT/dry-run"),
         ("--device", str, "auto", "cpu, cuda, cuda:1, mps, ..."),
         ("--tf32", bool, False, "faster, coarser products on NVIDIA GPUs"),
-        ("--deterministic", bool, False, "the same bits on every run, also on a GPU"))
+        ("--deterministic", bool, False, "cuDNN's deterministic algorithms, at some cost"))
     return p
 
 
@@ -743,7 +743,8 @@ class Run:
         result = run.finish()                      # batch norm, evaluation, line in results.jsonl
 
     `parts` is all that training changes, by name. Random numbers depend on (seed, epoch) only, so
-    resuming is bit-identical. A digest of all that shapes training is in the checkpoint's name.
+    resuming is bit-identical, at least on the CPU. The checkpoint's name has a digest of all that
+    shapes training.
     `shared`: full precision, which is read without --resume wherever FP_FLAGS are the same."""
 
     def __init__(self, args, data, method, seed, epochs, warmup=0.0, shared=False, **parts):
@@ -994,17 +995,16 @@ def hessian_top_eigenvalue(loss_fn, params: list[Tensor], iters: int,
 
 def sharpness(model: nn.Module, data: Data, probes: int = 8, iters: int = 0) -> tuple[float, ...]:
     """(trace, its standard error[, top eigenvalue if iters]) of the Hessian of the loss in the
-    layers' weights, on 256 training images, batch norm in eval mode [choice]."""
-    images, labels = data.sample(256)
-    weights = [layer.weight for layer in weight_layers(model).values()]
-    draws, training = torch.Generator(device=images.device).manual_seed(0), model.training
+    layers' weights, on 256 training images, with their statistics in batch norm, as those of a
+    network in training follow its last batches and its noise [choice]."""
+    (images, labels), model = data.sample(256), copy.deepcopy(model)
+    update_bn([images], model)
     model.eval()
+    weights = [layer.weight for layer in weight_layers(model).values()]
+    draws = torch.Generator(device=images.device).manual_seed(0)
     loss = lambda: F.cross_entropy(model(images), labels)  # noqa: E731
     found = hessian_trace(loss, weights, probes, draws)
-    if iters:
-        found += (hessian_top_eigenvalue(loss, weights, iters, draws),)
-    model.train(training)
-    return found
+    return (*found, hessian_top_eigenvalue(loss, weights, iters, draws)) if iters else found
 
 
 @contextmanager

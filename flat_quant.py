@@ -38,7 +38,8 @@ from torch.optim.swa_utils import AveragedModel
 
 PAPER = {"model": "resnet18", "dataset": "cifar100", "wbits": 2, "abits": 4, "batch_size": 256,
          "fp_lr": 0.015, "fp_weight_decay": 5e-4, "fp_epochs": 120, "ramp_epochs": 20.0, "pad": 4,
-         "label_smoothing": 0.1, "swa_rate": 0.01}  # the authors'
+         "label_smoothing": 0.1, "swa_rate": 0.01}
+# These are the authors', but for a cosine that ends where the rate is held, and its rise [choice].
 
 # sgd is the plain network; the weight noises are told apart in `train`.
 WEIGHT_NOISES = ["weight", "additive", "isotropic", "wrong-bits"]
@@ -179,7 +180,8 @@ class ActivationNoise:
 
         x <- x + M lambda (mu + sigma e),   M ~ Bernoulli(P), P = `chance`,   e ~ N(0, 1)
 
-    At the input of every layer [choice; the authors: at the outputs of ReLUs], within `injected`.
+    At the input of every layer [choice; the authors: at the outputs of ReLUs], within `injected`;
+    not at the products of attention, which have no weights.
     """
 
     def __init__(self, model: nn.Module, bits: int, rho: float, quantizer: str = "lsq",
@@ -200,7 +202,8 @@ class ActivationNoise:
         """P, the chance that an element of x has noise: rho or, with "salience", by channel
 
             P = clip(softmax(I) C rho, 0, 1),   I = mean of |x| over space or tokens, C channels
-        """
+
+        for each image. The authors also divide I by a temperature, which they set to 1."""
         if self.mask == "uniform":
             return self.rho
         channel, over = {4: (1, (2, 3)), 3: (2, 1), 2: (1, None)}[x.dim()]
@@ -229,9 +232,11 @@ def train(args: Namespace, data: Data, method: str, seed: int) -> dict[str, tupl
     """One training run from scratch, as {method: (network, result), method+swa: ...}: averaging
     does not touch training, so one run gives both.
 
-    "additive" [choice] is the rival of the differential rule "weight": the same noise is taken out
-    before the optimizer's step, whose weight decay then sees w and not w + n. "isotropic" and
-    "wrong-bits" are differential controls, of another shape and of another size.
+    Three injections, of which the first two are built. Differential, "weight": n_t is taken out
+    after the step, whose weight decay and momentum see w + n_t. "additive" [choice]: before the
+    step, where the decay sees w; nothing else differs, so nor should the result, but by chance. A
+    zero-mean pair: two passes, at w + n and w - n, one step. "isotropic" and "wrong-bits" are
+    differential controls, of another shape and of another size.
     """
     parts, on_weights, on_activations = method.split("+"), None, None
     torch.manual_seed(common.random_stream("weights", seed))
@@ -311,17 +316,25 @@ def quantized_results(args: Namespace, data: Data, network: nn.Module, result: d
 
 
 def ptq_table(results: list[dict]) -> str:
-    """Accuracy of each network (row) at each pair of bits (column); mean ± standard error."""
-    cells, first = {}, results[0]
+    """Accuracy of each network (row) at each pair of bits (column), and its difference to the first
+    row with the same seed; mean ± standard error."""
+    accs, first = {}, results[0]
     for r in results:
-        row = cells.setdefault(r["method"], {})
-        row.setdefault((r["wbits"], r["abits"]), []).append(r["acc"])
-    lines = [f"\n{first['dataset']}, {first['train_size']} training images, {first['model']}, "
-             f"augment {first['augment']}; {first['split']} accuracy % before and after PTQ",
-             f"{'method':<24}" + "".join(f"{f'W{w}A{a}':<15}" for w, a in cells[first["method"]])]
-    lines += [f"{method:<24}" + "".join(f"{common.mean_and_error(v):<15}" for v in row.values())
-              for method, row in cells.items()]
-    return "\n".join(lines).replace("W32A32", "FP    ")
+        row = accs.setdefault(r["method"], {})
+        row.setdefault((r["wbits"], r["abits"]), {})[r["seed"]] = r["acc"]
+    reference, lines = accs[first["method"]], [
+        f"\n{first['dataset']}, {first['train_size']} training images, {first['model']}, augment "
+        f"{first['augment']}; {first['split']} accuracy % before and after PTQ, and against the "
+        "first row", f"{'method':<24}" + "".join(f"{f'W{w}A{a}':<30}" for w, a in accs[
+            first["method"]]).replace("W32A32", "FP    ")]
+    for method, row in accs.items():
+        cells = []
+        for bits, acc in row.items():
+            gain = [acc[seed] - reference[bits][seed] for seed in acc]
+            more = f"  {common.mean_and_error(gain, '+')}" if row is not reference else ""
+            cells.append(f"{common.mean_and_error(list(acc.values())) + more:<30}")
+        lines.append(f"{method:<24}" + "".join(cells))
+    return "\n".join(line.rstrip() for line in lines)
 
 
 def main() -> None:

@@ -225,6 +225,9 @@ def train(args: Namespace, data: Data, method: str, seed: int,
                 loss = cross_entropy + term  # Eq. 22
                 optimizer.zero_grad()
                 loss.backward()
+                if args.diagnose:
+                    grads = [layer.weight.grad for layer in layers_of(student)]
+                    run.log(gradient=nn.utils.get_total_norm(grads))
                 if rho:  # the rival of Table 1: the gradient at the ascended weights
                     with sam.ascended():
                         optimizer.zero_grad()
@@ -232,8 +235,6 @@ def train(args: Namespace, data: Data, method: str, seed: int,
                 optimizer.step()
                 run.log(loss=loss, ce=cross_entropy)
         if args.diagnose:
-            grads = [layer.weight.grad for layer in layers_of(student)]
-            run.notes["gradient"] = nn.utils.get_total_norm(grads).item()  # of the last step
             run.notes["trace"] = common.sharpness(student, data)
     figures = {"history": run.history} if args.diagnose else {}
     return student.eval(), run.finish(**figures), run.history
@@ -287,7 +288,7 @@ def diagnose(data: Data, network: nn.Module, trained: dict[str, tuple]) -> None:
         print_row(f"{low + (high - low) * i / 12:.2f}",
                   *("#" * round(share[i].item() / 0.06) for share in shares))
     for title, cell in (
-            ("Fig. 2  norm of the loss gradient in the weights, last step of an epoch; the paper\n"
+            ("Fig. 2  norm of the loss gradient in the weights, mean over steps; the paper\n"
              "        compares sfp with --noise-at weight and without it",
              lambda h: f"{h['gradient']:.3f}"),
             ("Fig. 5  Hessian trace ± standard error of the estimate; force of the added term,\n"

@@ -4,8 +4,7 @@ Extremely Low Bit Quantization-Aware Training", arXiv 2509.15514.
 The idea. Few bits bias what a network represents. So MEC-Quant keeps the features rich while the
 network learns the labels. The entropy of the features is measured by the number of bits that a
 lossy code for them needs. Long-tailed features share the code as a mixture of experts, which we
-take to be scales [choice]. Training maximises the length of the code and minimises the
-cross-entropy.
+take to be scales [choice]. Training minimises the cross-entropy less the length of the code.
 
 Only the abstract and summaries of the paper were at hand. Coding length and series are those of its
 ancestors (Ma et al. 2007; MEC, Liu et al. 2022); the mixture is rebuilt on MCR^2 (Yu et al. 2020).
@@ -147,8 +146,7 @@ def moe_coding_length(z: Tensor, gates: Tensor, *, eps2: float, z2: Tensor | Non
     One expert gives L(Z). With one branch, more give a lower bound of it, as log det is concave, so
     maximising it is safe. That is why the weights are mu n_k / m [choice]: (n_k + d) / 2, which K
     separate codes would cost, adds up to more than L(Z). The bits that name the expert are left
-    out, as the gates are constants. The K matrices are d x d or, if that is smaller, m x m:
-    diag(sqrt(pi_k)) Z Z2^T diag(sqrt(pi_k)).
+    out, as the gates are constants. The K matrices are d x d or, if smaller, m x m.
     """
     m, d = z.shape
     n = gates.sum(0).clamp_min(common.TINY)
@@ -287,12 +285,15 @@ def diagnose(args: Namespace, data: Data, network: nn.Module, trained: dict) -> 
     for name, f in features.items():
         length, rank, top = spectrum(f, args.eps2)
         print_row(name, f"{length:.4f}", f"{rank:.2f}", f"{100 * top:.1f} %")
-    last = ([n for n in trained if METHODS[n][0]] or list(trained))[-1]  # with a mixture, if any
-    print(f"\nby epoch: force of the term of {last}, |its gradient| / |that of the cross-entropy|; "
-          f"spectral norm;\nrelative error of the series of orders {ORDERS}")
+    print("\nforce of the added term by epoch, |its gradient| / |that of the cross-entropy|")
+    print_row("epoch", *trained)
+    for row in zip(*(history for *_, history in trained.values())):
+        print_row(row[0]["epoch"], *(f"{h.get('force', 0):.4f}" for h in row))
+    last = "mec-quant" if "mec-quant" in trained else list(trained)[-1]
+    print(f"\nby epoch, {last}: spectral norm; relative error of the series of orders {ORDERS}")
     for row in trained[last][2]:
         if "series" in row:  # a run resumed after training without --diagnose has none
-            print_row(row["epoch"], *(f"{e:+.4f}" for e in (row.get("force", 0), *row["series"])))
+            print_row(row["epoch"], *(f"{e:+.4f}" for e in row["series"]))
     magnitudes = features[last].norm(dim=1)
     gates = scale_gates(magnitudes, args.experts)
     print(f"\nexperts of {last}: share of the mass, magnitudes of the rows that are mostly theirs")

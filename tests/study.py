@@ -41,6 +41,7 @@ SIZES = "--dataset folder --train-size 5000 {}--fp-epochs 60 --seed {}"
 # (title, script, shared flags, rows, columns, seeds). A row is (name, flags, method of the result),
 # the first is the reference; a column is (heading, augmentation, bits of the result).
 BOTH = [("no augmentation", "none", (2, 2)), ("crop and flip", "crop+flip", (2, 2))]
+CONTROLS = "--controls --views crop+flip"
 PTQ = [(name, "crop+flip", bits) for name, bits in (
     ("FP", (32, 32)), ("W4A4", (4, 4)), ("W3A4", (3, 4)), ("W2A4", (2, 4)))]
 
@@ -53,9 +54,9 @@ TABLES = [
     ("FPQ, W2A2", "fpq.py", "--bits 2 --epochs 30",
      methods("baseline", more=" --diagnose") + methods("sfp", "csd") +
      methods("fpq", more=" --diagnose") + methods("kd", "sam"), BOTH, 5),
-    ("CR, W2A2", "cr_qat.py", "--bits 2 --epochs 30 --controls",
-     [(name, "", name) for name in ("baseline", "baseline-ema", "two-view", "pi", "fp-teacher",
-                                    "cr", "cr-ema")], BOTH, 5),
+    ("CR, W2A2", "cr_qat.py", "--bits 2 --epochs 30",
+     [(name, CONTROLS, name) for name in ("baseline", "baseline-ema", "two-view", "pi",
+                                          "fp-teacher", "cr", "cr-ema")], BOTH, 5),
     ("MEC-Quant, W2A2", "mec_quant.py", "--bits 2 --epochs 30",
      methods("baseline", "mec", "mec-quant", "branch", "random"), BOTH, 5),
     ("DNQ, before and after PTQ", "flat_quant.py", "--wbits 2 --abits 4",
@@ -66,9 +67,10 @@ TABLES = [
      methods("baseline", more=" --diagnose") + methods("sfp") +
      [(f"sfp, {where}", f"--method sfp --noise-at {where}", "sfp")
       for where in ("input", "weight")], BOTH, 3),
-    ("CR, other settings, W2A2", "cr_qat.py", "--bits 2 --epochs 30",
-     methods("baseline") + [("cr, views crop+flip", "--method cr --views crop+flip", "cr")],
-     BOTH[:1], 3),
+    ("CR, both views the same, W2A2", "cr_qat.py", "--bits 2 --epochs 30",
+     [("baseline", CONTROLS, "baseline"), *methods("cr")], BOTH[:1], 3),
+    ("CR, 1,000 labels, W2A2", "cr_qat.py", "--bits 2 --epochs 30",
+     methods("baseline", "cr", more=" --labels 1000"), BOTH[1:], 3),
     ("MEC-Quant, W4A1", "mec_quant.py", "--wbits 4 --abits 1 --epochs 30",
      methods("baseline", "mec-quant"), [(n, a, (4, 1)) for n, a, _ in BOTH], 3),
     ("W4A4", "fpq.py", "--bits 4 --epochs 30", methods("baseline", "fpq", "kd"),
@@ -101,7 +103,7 @@ def study() -> list[str]:
     return list(dict.fromkeys(
         command(script, flags, row, column, seed) for seed in range(5)
         for _, script, flags, rows, columns, seeds in TABLES if seed < seeds
-        for column in columns for row in rows))
+        for row in rows for column in columns))
 
 
 def read(file: Path) -> list[dict]:
@@ -128,7 +130,8 @@ def run(commands: list[str], data: Path, data_dir: Path, out: Path, jobs: int) -
                 continue
             del running[command]
             rows = [row | {"command": command} for row in read(out / "results.jsonl")
-                    if row["command"].startswith(command + " --data-dir")]
+                    if row["command"].startswith(command + " --data-dir")
+                    and process.returncode == 0]
             with data.open("a") as file:
                 file.writelines(json.dumps(row) + "\n" for row in rows)
             print(f"{time.strftime('%H:%M')}  {len(rows)} results, exit code {process.returncode}, "

@@ -122,10 +122,13 @@ def test_hessian_trace_and_top_eigenvalue_match_the_exact_hessian(quantized):
     assert all(p.grad is None for p in params)
 
 
-def test_sharpness_is_of_the_weights_in_eval_mode(calibrated, tiny_data):
-    found = common.sharpness(calibrated.train(), tiny_data, probes=2, iters=1)
+def test_sharpness_is_of_the_weights_with_fresh_batch_norm_in_a_copy(calibrated, tiny_data):
+    before = copy.deepcopy(calibrated.train().state_dict())
+    found = common.sharpness(calibrated, tiny_data, probes=2, iters=1)
     assert calibrated.training and len(found) == 3
+    torch.testing.assert_close(calibrated.state_dict(), before, **exactly)
     images, labels = tiny_data.sample(64)
+    update_bn([images], calibrated)
     weights = [layer.weight for layer in common.weight_layers(calibrated.eval()).values()]
     expected = common.hessian_trace(lambda: F.cross_entropy(calibrated(images), labels), weights,
                                     2, torch.Generator().manual_seed(0))
@@ -282,12 +285,21 @@ def test_fp_seed_same_trains_a_full_precision_network_for_each_seed(run, monkeyp
     assert "one full-precision network" in shared.out
 
 
-def test_depth_and_stem_reach_the_network(run, monkeypatch):
-    build, asked = common.build_model, []
-    monkeypatch.setattr(common, "build_model", lambda *how: asked.append(how) or build(*how[:2]))
+def test_depth_and_stem_reach_the_network_which_trains_at_a_resolution_of_1(run, monkeypatch):
+    build, asked, flags = common.build_model, [], "--model mobilenet_v2 --depth 2 --stem imagenet"
+    monkeypatch.setattr(common, "build_model", lambda *how: asked.append(how) or build(*how))
     for script, method in (("fpq", "baseline"), ("flat_quant", "sgd")):
-        run(script, *SHAPES, "--method", method, "--depth", "2", "--stem", "imagenet")
-    assert asked == [("resnet8", 10, 2, "imagenet")] * 2
+        done = run(script, *SHAPES, "--method", method, *flags.split())
+        assert done.code == 0 and np.isfinite([r["loss"] for r in done.results]).all()
+    assert asked == [("mobilenet_v2", 10, 2, "imagenet")] * 2
+
+
+def test_precision_and_determinism_on_nvidia_gpus_are_asked_for(parse):
+    cuda, cudnn = torch.backends.cuda, torch.backends.cudnn
+    for on in (True, False):
+        parse("fpq", *["--tf32", "--deterministic"] * on)
+        assert (cuda.matmul.allow_tf32, cudnn.allow_tf32, cudnn.deterministic) == (on, on, on)
+        assert cudnn.benchmark != on
 
 
 def test_result_table_pairs_seeds():
@@ -330,7 +342,8 @@ def test_study_table_pairs_seeds_and_has_the_published_gain():
              "acc": acc, "wbits": 2, "abits": 2} for row, seed, acc in (
         (second, 1, 84.0), (second, 0, 82.5), (first, 0, 80.0), (first, 1, 82.0), (first, 2, 81.0))]
     assert study.study_table(table, rows).split("\n")[2:] == [
-        "| baseline | 81.00 ± 0.58 |  |  | 3 |", "| fpq | 83.25 ± 0.75 | +2.25 ± 0.25 | +0.51 | 2 |"]
+        "| baseline | 81.00 ± 0.58 |  |  | 3 |",
+        "| fpq | 83.25 ± 0.75 | +2.25 ± 0.25 | +0.51 | 2 |"]
 
 
 def test_the_readme_has_the_tables_of_the_committed_data():

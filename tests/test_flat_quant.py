@@ -268,7 +268,7 @@ def test_study_as_a_user_runs_it(run, monkeypatch):
     monkeypatch.setattr(flat_quant, "PTQ_BITS", [])
     done = run("flat_quant", "--dry-run", "--dataset", "shapes", "--study", "--measure")
     rows = [line.split() for line in done.out.splitlines()]
-    for row in ("method FP W2A2", "sgd+swa 2.00 7.00", "wrong-bits 4.00 8.00",
+    for row in ("method FP W2A2", "sgd 1.00 6.00", "wrong-bits 4.00 +3.00 8.00 +2.00",
                 "sgd+swa -5.00 7.00 8.00 9.00"):
         assert row.split() in rows
     assert len(done.results) == 8 and "corr(dW, W)" in done.out

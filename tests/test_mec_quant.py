@@ -151,11 +151,13 @@ def test_spectrum_and_series_errors_of_known_features(parse):
 
 
 def test_everything_as_a_user_runs_it(run, monkeypatch):
-    """The printed force is that of the last method with a mixture: random, before kd."""
+    """The printed force is that of each added term."""
     forces = record_forces(monkeypatch)
     flags = "--dry-run --dataset shapes --ablate --diagnose --wbits 4 --abits 1"
     done = run("mec_quant", *flags.split())
     assert [(row["method"], row["wbits"], row["abits"]) for row in done.results] == [
         ("fp", 32, 32), *((method, 4, 1) for method in mec_quant.METHODS)]
-    assert len(forces) == 5 and f"{forces[-2]:+.4f}" in done.out and "nan" not in done.out
+    row = [f"{force:.4f}" for force in (0, *forces)]
+    assert ["1", *row] in map(str.split, done.out.splitlines()) and "nan" not in done.out
+    assert len({*row}) == 6
     assert all(words in done.out for words in ("effective rank", "series of", "experts of"))
