@@ -81,6 +81,8 @@ def test_split_is_as_balanced_as_the_classes_allow():
     picked, labels, others, _ = common.split(torch.arange(85), y, 35, 0, "--val")
     assert labels.bincount().tolist() == [15, 15, 5] and torch.equal(y[picked], labels)
     assert len({*picked.tolist(), *others.tolist()}) == 85
+    with pytest.raises(common.UsageError, match="--val 2 should be from 3, .* to 84"):
+        common.split(y, y, 2, 0, "--val")
 
 
 def test_cifar_is_read_where_it_lies_and_only_auto_does_without(monkeypatch, capsys):
