@@ -164,6 +164,8 @@ def test_sensitivity_grows_with_noise_and_leaves_no_hook(calibrated, tiny_data):
             cr_qat.sensitivity(calibrated, tiny_data, place, sigma) for sigma in (0, 0.1, 1))
         assert acc == pytest.approx(clean, abs=1e-3) and none == pytest.approx(0, abs=1e-6)
         assert 1e-6 < small < large
+    of = [cr_qat.sensitivity(torch.nn.Flatten(), tiny_data, x, 1)[1] for x in ("weight", "input")]
+    assert of[0] == 0 < of[1]  # there are no weights
 
 
 def test_everything_as_a_user_runs_it(run, monkeypatch):
