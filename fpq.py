@@ -74,9 +74,9 @@ def stochastic_feature_perturbation(x: Tensor, step_size: Tensor, p: float,
     """
     coin_device = generator.device if generator else "cpu"
     if torch.rand((), generator=generator, device=coin_device) >= p:
-        return x
+        return x  # Eq. 14: the coin
     delta = torch.empty_like(x).uniform_(-0.5, 0.5, generator=generator)
-    return x + delta.mul_(step_size.detach())  # Eq. 9, 14
+    return x + delta.mul_(step_size.detach())  # Eq. 9
 
 
 def standardize(z: Tensor, eps: float = 1e-5) -> Tensor:
@@ -127,8 +127,8 @@ class ChannelDistance(torch.autograd.Function):
 
 def channel_distance(student: Tensor, teacher: Tensor, eps: float = 1e-5) -> Tensor:
     """Mean of (standardize(student) - standardize(teacher))^2 over N x C x ..., without computing
-    either: for standardized channels it is 2 (1 - r), r being Pearson's correlation of student and
-    teacher in the channel, so five sums per channel tell all. With eps in the roots:
+    either: standardized channels have mean 0, so it is var + var - 2 cov, five sums per channel;
+    but for eps 2 (1 - r), r being Pearson's correlation of student and teacher in the channel:
 
         var_s / (var_s + eps) + var_t / (var_t + eps) - 2 cov / sqrt((var_s + eps)(var_t + eps))
     """
@@ -141,7 +141,7 @@ def csd_loss(student_feats: list[Tensor], teacher_feats: list[Tensor]) -> Tensor
         L_CSD = mean_l mean_(n,c,...) (z~_student - z~_teacher)^2
 
     The published sum over elements and layers grows with batch, image and depth and drowns the
-    cross-entropy; the means are ours [choice]. From 0 (equal but for scale) to 4 (mirrored).
+    cross-entropy; the means are ours [choice]. 0: equal but for shift and scale; 4: mirrored.
     """
     distances = [channel_distance(s, t) for s, t in zip(student_feats, teacher_feats, strict=True)]
     return torch.stack(distances).mean()  # Eq. 17
@@ -163,8 +163,8 @@ def layers_of(model: nn.Module) -> list[nn.Module]:
 def perturbed(student: nn.Module, p: float, noise_at: str):
     """A context in which SFP acts, with chance p each, on the inputs of `layers_of` and on the
     factors of products in attention. A layer's output is w_hat * x_s (Eq. 16), so the noise is on
-    the quantized operand. The other reading has it before the quantizer ("input"), which makes
-    rounding stochastic. Fig. 2 compares with noise on the quantized weights ("weight")."""
+    the quantized input ("operand"). The other reading has it before the quantizer ("input"), which
+    makes rounding stochastic. Fig. 2 compares with noise on the quantized weights ("weight")."""
     def after(quantizer, inputs, x_hat):
         return stochastic_feature_perturbation(x_hat, quantizer.grid(x_hat)[0], p)
 
