@@ -1,11 +1,7 @@
-"""What the four papers take for granted; no method lives here. Read it top to bottom: quantizers,
-networks, data, a run (flags, seeds, checkpoints, results), evaluation and flatness.
+"""This module holds what the four papers take for granted, and no method: quantizers, networks,
+data, a run (flags, seeds, checkpoints, results), evaluation, flatness. Equation numbers are FPQ's
+(arXiv 2503.11159, section 3.1), whose protocol all share. We mark our own decisions [choice]."""
 
-Equation numbers are those of the FPQ paper (arXiv 2503.11159, section 3.1), whose protocol all
-four papers share. Our own decisions are marked [choice].
-"""
-
-import argparse
 import copy
 import ctypes
 import hashlib
@@ -20,7 +16,7 @@ import time
 import warnings
 import zipfile
 import zlib
-from argparse import Namespace
+from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -32,6 +28,7 @@ import torch.nn.functional as F
 import torchvision
 from PIL import Image  # comes with torchvision, which reads images with it
 from torch import Tensor, nn
+from torch.backends import cuda, cudnn
 from torch.optim.swa_utils import update_bn
 from torchvision.models.resnet import BasicBlock
 from torchvision.ops.misc import Conv2dNormActivation
@@ -43,12 +40,11 @@ TINY = 1e-12  # no step size is smaller, so x / s stays finite should one become
 
 def fake_quantize_definition(x: Tensor, step_size: Tensor, zero_point: float, qmin: int,
                              qmax: int) -> Tensor:
-    """Fake quantization (Eq. 3) with the gradients of LSQ (Esser et al. 2020), in three lines.
+    """Fake quantization (Eq. 3) with the gradients of LSQ (Esser et al. 2020), in three lines. It
+    rounds values to a grid of 2^bits levels, but leaves them floats; z is whole. Rounding has
+    gradient 0 almost everywhere; the straight-through estimator (STE) makes it 1.
 
-        x_hat = (clip(round(x/s) + z, q_min, q_max) - z) * s
-
-    Values are rounded to a grid of 2^bits levels, but stay floats; z is whole. Rounding has
-    gradient 0 almost everywhere; the straight-through estimator (STE) makes it 1."""
+        x_hat = (clip(round(x/s) + z, q_min, q_max) - z) * s"""
     v = torch.clamp(x / step_size, qmin - zero_point, qmax - zero_point)
     v = v + (v.round() - v).detach()  # forward: round(v); backward: the gradient of v
     return v * step_size
@@ -56,14 +52,13 @@ def fake_quantize_definition(x: Tensor, step_size: Tensor, zero_point: float, qm
 
 def fake_quantize(x: Tensor, step_size: Tensor, zero_point: Tensor | float, qmin: int, qmax: int,
                   grad_scale: float = 1.0) -> Tensor:
-    """The same in fewer passes over memory, twice differentiable; x on a bound has no gradient.
+    """The same, but that x on a bound has no gradient, in fewer passes over memory; twice
+    differentiable. step_size > 0 and zero_point broadcast against x; dL/ds is multiplied by
+    grad_scale. A tensor zero_point may be 1/2 (one bit: -s/2 and s/2). A number must be whole; it
+    moves into the bounds, which saves three passes: clip(n + z, a, b) - z = clip(n, a - z, b - z).
 
         dx_hat/dx = 1 if q_min < x/s + z < q_max else 0             compares x/s, not round(x/s)
-        dx_hat/ds = (x_hat - x)/s inside, q_min - z below, q_max - z above
-
-    step_size > 0 and zero_point broadcast against x; dL/ds is multiplied by grad_scale. A tensor
-    zero_point may be 1/2 (one bit: -s/2 and s/2). A number must be whole; it moves into the bounds,
-    which saves three passes: clip(n + z, a, b) - z = clip(n, a - z, b - z)."""
+        dx_hat/ds = round(x/s) - x/s inside, q_min - z below, q_max - z above"""
     if not isinstance(zero_point, Tensor):
         qmin, qmax, zero_point = qmin - zero_point, qmax - zero_point, None
     return FakeQuantize.apply(x, step_size, zero_point, qmin, qmax, grad_scale)
@@ -93,8 +88,8 @@ class FakeQuantize(torch.autograd.Function):
             v.add_(zero_point)
         # dL/dx is grad where v is inside the bounds: the derivative of a hard tanh, in one pass.
         grad_x = torch.ops.aten.hardtanh_backward(grad, v, *ctx.bounds)
-        # dL/ds = (<grad, x_hat> - <grad_x, x>) / s, as x_hat is round(v) s inside, Qn s or Qp s
-        # outside: two inner products in place of a tensor of derivatives.
+        # dL/ds = (<grad, x_hat> - <grad_x, x>) / s, as outside x_hat is s times the derivative:
+        # two inner products in place of a tensor of derivatives.
         if step_size.numel() == 1:
             # Vectors, N x C x H x W by pixel: views, not copies, in channels_last order.
             a, b, c, d = ((t.permute(0, 2, 3, 1) if t.dim() == 4 else t).reshape(-1)
@@ -112,11 +107,10 @@ def scale_gradient(t, scale):
 
 
 class Quantizer(nn.Module):
-    """LSQ: a learned step size and a fixed zero point, for a tensor or per channel (dim 0).
-
-    bits: 1 to 8; levels are 0 to qmax = 2^bits - 1. step_size is NaN until `initialize`; its sign
-    has no meaning. A one-bit weight (with `channels`) has z = 1/2: it is -s/2 or s/2 [choice]. Step
-    sizes of 8 bits stay as calibrated [choice]: LSQ makes them grow until few levels are used."""
+    """LSQ: a learned step size and a fixed zero point, for a tensor or per channel (dim 0). Levels
+    are 0 to qmax = 2^bits - 1, of 1 to 8 bits. step_size is NaN until `initialize`; its sign has no
+    meaning. A one-bit weight (with `channels`) has z = 1/2: it is -s/2 or s/2 [choice]. Step sizes
+    of 8 bits stay as calibrated [choice]: LSQ makes them grow until few levels are used."""
 
     decays = False  # whether weight decay applies to the learned parameters [choice]
 
@@ -125,7 +119,7 @@ class Quantizer(nn.Module):
         if not 1 <= bits <= 8:
             raise ValueError(f"bits should be from 1 to 8, not {bits}")
         self.bits, self.channels, self.qmax = bits, channels, 2**bits - 1
-        shape = () if channels is None else (channels,)
+        shape = [channels] if channels else []
         self.step_size = nn.Parameter(torch.full(shape, math.nan), requires_grad=bits < 8)
         self.register_buffer("zero_point", torch.zeros(shape))
         self.number = None  # zero_point as a number: reading it waits for the device, so once
@@ -157,14 +151,13 @@ class Quantizer(nn.Module):
     @torch.no_grad()
     def initialize(self, x, candidates=100):
         """Step size and zero point from data, by Eq. 4-5 on the fraction a of the range that gives
-        the least squared error [choice; the paper has a = 1].
+        the least squared error [choice; the paper has a = 1]. The range is widened to hold 0
+        [choice]: zero padding and the zeros of a ReLU stay exact.
 
-            s = a (x_max - x_min) / (2^q - 1),  z = round(q_max - a x_max / s)
-
-        The range is widened to hold 0 [choice]: zero padding and the zeros of a ReLU stay exact."""
+            s = a (x_max - x_min) / (2^q - 1),  z = round(q_max - a x_max / s)"""
         rows = x.reshape(self.channels or 1, -1)
         low, high = rows.amin(1).clamp_max(0), rows.amax(1).clamp_min(0)
-        one_bit_weight = self.bits == 1 and self.channels is not None
+        one_bit_weight = self.bits == 1 and self.channels
         if one_bit_weight:
             high = torch.maximum(-low, high)
             low = -high
@@ -188,11 +181,10 @@ class Quantizer(nn.Module):
 
 
 class LSQPlus(Quantizer):
-    """LSQ+ (Bhalgat et al. 2020), for activations: the grid also has a learned offset beta.
+    """LSQ+ (Bhalgat et al. 2020), for activations: the grid also has a learned offset beta, which
+    starts at 0, and whose gradient has the scale of the step size's [choices].
 
-        x_hat = fake_quantize(x - beta) + beta      dx_hat/dbeta = 0 inside the grid, 1 outside
-
-    beta starts at 0, and its gradient has the scale of the step size's [choices]."""
+        x_hat = fake_quantize(x - beta) + beta      dx_hat/dbeta = 0 inside the grid, 1 outside"""
 
     def __init__(self, bits):
         super().__init__(bits)
@@ -204,12 +196,11 @@ class LSQPlus(Quantizer):
 
 
 class PACT(Quantizer):
-    """PACT (Choi et al. 2018), for activations: only clipped values move the clip alpha.
+    """PACT (Choi et al. 2018), for activations: only clipped values move the clip alpha. The
+    parameter is s, its gradient scaled so that alpha moves as if it were the parameter. alpha
+    starts where LSQ's range ends; negative data are clipped at -z s as by LSQ [choices].
 
-        x_hat = round(clip(x, 0, alpha) / s) s,  s = alpha / q_max      dx_hat/dalpha = [x >= alpha]
-
-    The parameter is s, its gradient scaled so that alpha moves as if it were the parameter. alpha
-    starts where LSQ's range ends; negative data are clipped at -z s as by LSQ [choices]."""
+        x_hat = round(clip(x, 0, alpha) / s) s,  s = alpha / q_max   dx_hat/dalpha = [x >= alpha]"""
 
     decays = True  # as in the paper: nothing else makes alpha smaller
 
@@ -222,11 +213,11 @@ class PACT(Quantizer):
 
 
 QUANTIZERS = {"lsq": Quantizer, "lsq+": LSQPlus, "pact": PACT}  # of activations; weights have LSQ's
+LAYERS = nn.Conv2d, nn.Linear  # the kinds that `quantize` quantizes
 
 
 class QuantLayer(nn.Module):
-    """`layer`, a convolution or linear layer, with quantized input and weight. `product(x, weight,
-    bias=None)` is its own operation."""
+    """`layer` with quantized input and weight; product(x, weight, bias=None) is its operation."""
 
     def __init__(self, layer, wbits, abits, quantizer="lsq"):
         super().__init__()
@@ -265,16 +256,14 @@ def hooked(modules, before=None, after=None):
 
 def weight_layers(model: nn.Module) -> dict[str, nn.Module]:
     """The layers that multiply by a weight, quantized or not, by name in order of definition."""
-    kinds = nn.Conv2d, nn.Linear, QuantLayer
-    return {name: m for name, m in model.named_modules() if isinstance(m, kinds)}
+    return {name: m for name, m in model.named_modules() if isinstance(m, (*LAYERS, QuantLayer))}
 
 
 def quantize(model: nn.Module, wbits: int, abits: int, quantizer: str = "lsq",
              example: Tensor | None = None) -> nn.Module:
     """A copy of `model` whose Conv2d and Linear layers quantize input and weight, and `Product`s
-    both factors. The first and the last layer that `example` (an input; 1 x 3 x 32 x 32 if none)
-    passes through have 8 bits. Step sizes are NaN until `calibrate`. Warns of layers that stay in
-    full precision: other kinds, computed weights, layers never reached."""
+    both factors. The first and the last layer that `example` (1 x 3 x 32 x 32 if none) passes have
+    8 bits. Warns of layers left in full precision: other kinds, computed weights, never reached."""
     model, order, new, left = copy.deepcopy(model), [], {}, []
     like, probe = next(model.parameters()), copy.deepcopy(model).eval()
     names = {layer: name for name, layer in weight_layers(probe).items()}
@@ -283,11 +272,10 @@ def quantize(model: nn.Module, wbits: int, abits: int, quantizer: str = "lsq",
     for name, m in list(model.named_modules(remove_duplicate=False)):  # one may have two names
         if isinstance(m, Product):
             m.a_quantizer, m.b_quantizer = (QUANTIZERS[quantizer](abits).to(like) for _ in "ab")
-        elif name in order and type(m) in (nn.Conv2d, nn.Linear) and vars(m).get(
-                "padding_mode", "zeros") == "zeros":
+        elif name in order and type(m) in LAYERS and getattr(m, "padding_mode", "zeros") == "zeros":
             bits = (8, 8) if name in (order[0], order[-1]) else (wbits, abits)
             new[m] = QuantLayer(m, *bits, quantizer).to(like)
-        elif m not in new and (isinstance(m, (nn.Conv2d, nn.Linear)) or any(
+        elif m not in new and (isinstance(m, LAYERS) or any(
                 "weight" in key and p.dim() > 1 for key, p in m.named_parameters(recurse=False))):
             left.append(f"{name} ({type(m).__name__})")
         if m in new and name:
@@ -300,9 +288,8 @@ def quantize(model: nn.Module, wbits: int, abits: int, quantizer: str = "lsq",
 @torch.no_grad()
 def calibrate(qmodel: nn.Module, images: Tensor, candidates: int = 100, batch_stats: bool = True):
     """Set all step sizes and zero points from one pass of `images` (the paper takes 100): a layer
-    sees its input as the quantized layers before it make it. Batch norm normalises by these images,
-    as in the training to come [choice], or with `batch_stats=False`, for a network that is not
-    trained any more, by its running statistics, which are those of full precision."""
+    sees what the quantized layers before it make. Batch norm normalises by these images, as in
+    training to come [choice]; if none comes (batch_stats=False), by full precision's statistics."""
     quantizers = [m for m in qmodel.modules() if isinstance(m, Quantizer)]
     # The pass moves running statistics: those of a copy, which shares only the quantizers.
     probe = copy.deepcopy(qmodel, {id(q): q for q in quantizers})
@@ -327,23 +314,23 @@ def export_int(qmodel: nn.Module) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
 
 # ------------------------------------------------------------------------------------ 2. Networks
 
+MODELS = "resnet8 resnet20 resnet18 resnet50 mobilenet_v1 mobilenet_v2 vit_tiny".split()
+
 
 def cifar_resnet(blocks, classes):
     """ResNet for 32 x 32 images (He et al. 2016, section 4.2), three stages of `blocks` blocks."""
     layers, inputs = [Conv2dNormActivation(3, 16, 3)], 16
-    for outputs in (16, 32, 64):
-        for _ in range(blocks):
-            stride = 2 if outputs > inputs else 1
-            shortcut = None if inputs == outputs else Conv2dNormActivation(
-                inputs, outputs, 1, stride, activation_layer=None)
-            layers.append(BasicBlock(inputs, outputs, stride, shortcut))
-            inputs = outputs
+    for outputs in [16] * blocks + [32] * blocks + [64] * blocks:
+        stride = 2 if outputs > inputs else 1
+        shortcut = Conv2dNormActivation(
+            inputs, outputs, 1, stride, activation_layer=None) if stride == 2 else None
+        layers.append(BasicBlock(inputs, outputs, stride, shortcut))
+        inputs = outputs
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, classes))
 
 
 def mobilenet_v1(classes, stem):
-    """MobileNet (Howard et al. 2017, table 1): 3 x 3 convolutions of each channel apart, then
-    1 x 1; a stride of 2 where the width grows from 64 on."""
+    """MobileNet (Howard et al. 2017, table 1): 3 x 3 convolutions of each channel, then 1 x 1."""
     layers, inputs = [Conv2dNormActivation(3, 32, 3, 1 if stem == "cifar" else 2)], 32
     for outputs in (64, 128, 128, 256, 256, *[512] * 6, 1024, 1024):
         stride = 2 if outputs > inputs > 32 else 1
@@ -367,14 +354,10 @@ class Attention(nn.Module):
         return self.proj(self.mix(weights, v).transpose(1, 2).flatten(2)), None
 
 
-MODELS = "resnet8 resnet20 resnet18 resnet50 mobilenet_v1 mobilenet_v2 vit_tiny".split()
-
-
 def build_model(name: str, classes: int, depth: int = 4, stem: str = "cifar") -> nn.Module:
-    """A network for N x 3 x 32 x 32 images, freshly initialised. `depth` is the blocks of vit_tiny.
-    stem: "imagenet" keeps the first layers that ResNet-18, ResNet-50 and the MobileNets have for
-    large images; "cifar", usual for small ones, gives the ResNets a 3 x 3 convolution without
-    pooling, and the MobileNets strides of 1 in one place and in two."""
+    """A new network for N x 3 x 32 x 32 images. depth: blocks of vit_tiny. stem: "imagenet" keeps
+    the first layers that ResNet-18, ResNet-50 and the MobileNets have for large images; "cifar"
+    gives ResNets a 3 x 3 convolution without pooling, MobileNet v1 one stride of 1, and v2 two."""
     if name == "vit_tiny":  # patches of 4 x 4; width 192 and 3 heads as DeiT-Ti, of depth 12
         model = torchvision.models.VisionTransformer(32, 4, depth, 3, 192, 768, num_classes=classes)
         for block in model.encoder.layers:
@@ -403,7 +386,7 @@ class UsageError(Exception):
 
 def random_stream(*key) -> int:
     """A seed for each purpose, seed and epoch: 32 bits of a hash, all that torch's CPU takes."""
-    return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:4], "big")
+    return int(hashlib.sha256(repr(key).encode()).hexdigest()[:8], 16)
 
 
 @dataclass
@@ -436,16 +419,14 @@ class Data:
         return torch.randperm(len(self.train_labels), generator=draws)
 
     def batches(self, batch_size, draws, views=("crop+flip",)):
-        """One shuffled epoch of (images N x 3 x 32 x 32 for each of `views`, labels N). A view
-        whose name lacks "crop" or "flip" goes without it. `draws`, a generator, is on the CPU: a
-        seed means the same batches on every device."""
-        device, moves = self.train_labels.device, []
-        order = self.order(batch_size, draws).to(device)
+        """One shuffled epoch of (images N x 3 x 32 x 32 for each of `views`, labels N). A view is
+        cropped and flipped if its name says so. `draws` is on the CPU, so equal on all devices."""
+        order, moves = self.order(batch_size, draws).to(self.train_labels.device), []
         for view in views:  # rows and columns to move by, whether to mirror
             shift = torch.randint(-self.pad, self.pad + 1, (2, len(order)), generator=draws)
             mirror = torch.randint(2, (1, len(order)), generator=draws)
             move = torch.cat([shift * ("crop" in view), mirror * ("flip" in view)])
-            moves.append(move.to(device))
+            moves.append(move.to(order.device))
         for i in range(self.steps(batch_size)):  # everything is on the device: no step waits
             at = slice(i * batch_size, (i + 1) * batch_size)
             images = [self.cut(order[at], *move[:, at]) for move in moves]
@@ -454,23 +435,20 @@ class Data:
     def cut(self, index, row, column, mirrored):
         """The training images `index`, moved by (row, column), mirrored where it is 1: N each."""
         line = torch.arange(32, device=index.device)
-        rows = self.pad + row[:, None] + line
+        rows = self.pad + row[:, None, None] + line[:, None]
         columns = self.pad + column[:, None] + torch.where(mirrored[:, None] > 0, 31 - line, line)
-        return self.normalize(
-            self.train_padded[index[:, None, None], rows[:, :, None], columns[:, None, :]])
+        return self.normalize(self.train_padded[index[:, None, None], rows, columns[:, None]])
 
     def sample(self, count):
         """`count` fixed random training images, not augmented: for calibration and diagnosis."""
-        draws = torch.Generator().manual_seed(random_stream("sample"))
-        index = torch.randperm(len(self.train_labels), generator=draws)[:count]
-        index = index.to(self.train_labels.device)
-        return self.cut(index, *index.new_zeros(3, len(index))), self.train_labels[index]
+        draws, labels = torch.Generator().manual_seed(random_stream("sample")), self.train_labels
+        index = torch.randperm(len(labels), generator=draws)[:count].to(labels.device)
+        return self.cut(index, *index.new_zeros(3, len(index))), labels[index]
 
 
 def load_data(args: Namespace) -> Data:
-    """The data set of the flags. "auto" is CIFAR-10 if it is there or can be downloaded, else
-    `shapes`, and says so. Subset and held-out images are drawn by --fp-seed. UsageError for missing
-    or bad data."""
+    """The data set of the flags; "auto" is CIFAR-10 if it is there or can be downloaded, else
+    `shapes`, aloud. --fp-seed draws subset and held-out images. Bad data raise UsageError."""
     name = "cifar10" if args.dataset == "auto" else args.dataset
     read = {"folder": read_folder, "shapes": draw_shapes}.get(name, read_cifar)
     try:
@@ -478,8 +456,7 @@ def load_data(args: Namespace) -> Data:
     except UsageError as error:
         if args.dataset != "auto":
             raise
-        print(f"!! {error}\n!! Training on 'shapes' instead: it says nothing about CIFAR-10.",
-              file=sys.stderr)
+        print(f"!! {error}\n!! 'shapes' instead: it says nothing about CIFAR-10.", file=sys.stderr)
         name, (x, y, test_x, test_y) = "shapes", draw_shapes()
     classes = int(y.max()) + 1
     if args.val:
@@ -493,8 +470,7 @@ def load_data(args: Namespace) -> Data:
     x = F.pad(x, (0, 0, *[args.pad] * 4))
     mean, std = pixels.mean(0), pixels.std(0).clamp_min(1e-3)
     parts = (t.to(args.device) for t in (x, y, test_x, test_y, mean, std))
-    part = "val" if args.val else "test"
-    return Data(name, classes, *parts, args.pad, part, zlib.crc32(content))
+    return Data(name, classes, *parts, args.pad, "val" if args.val else "test", zlib.crc32(content))
 
 
 def split(x, y, size, seed, flag):
@@ -505,7 +481,7 @@ def split(x, y, size, seed, flag):
     order = torch.randperm(len(y), generator=torch.Generator().manual_seed(seed))
     one_hot = F.one_hot(y[order])
     rank = (one_hot.cumsum(0) * one_hot).sum(1)  # the number of each image within its class
-    picked = torch.zeros(len(y), dtype=torch.bool)
+    picked = torch.zeros_like(y, dtype=torch.bool)
     picked[order[rank.argsort(stable=True)[:size]]] = True
     return x[picked], y[picked], x[~picked], y[~picked]
 
@@ -514,12 +490,12 @@ def read_cifar(data_dir, name):
     """cifar10 or cifar100, which torchvision downloads, if need be, and verifies."""
     socket.setdefaulttimeout(5)  # a host that does not answer should fail, not hang
     try:
-        train, test = (getattr(torchvision.datasets, name.upper())(data_dir, part, download=True)
-                       for part in (True, False))
+        parts = [getattr(torchvision.datasets, name.upper())(data_dir, train, download=True)
+                 for train in (True, False)]
     except Exception as error:  # torchvision and the network raise half a dozen kinds
         raise UsageError(f"{name} is not in {data_dir} and could not be downloaded ({error}); "
                          "--dataset shapes needs no download") from None
-    return [torch.as_tensor(a) for part in (train, test) for a in (part.data, part.targets)]
+    return [torch.as_tensor(a) for part in parts for a in (part.data, part.targets)]
 
 
 def read_image(path):
@@ -543,8 +519,7 @@ def read_folder(data_dir, name):
                          f"{str(error).splitlines()[0]}") from None
     if train.classes != test.classes or len(train.classes) < 2:
         raise UsageError(f"{data_dir} should have the same classes, two or more, in train and test")
-    return [torch.from_numpy(np.stack(a)) for part in (train, test)
-            for a in ([image for image, _ in part], part.targets)]
+    return [torch.from_numpy(np.stack(a)) for part in (train, test) for a in zip(*part)]
 
 
 def draw_shapes(*_, train=2560, test=1000, seed=0):
@@ -567,7 +542,7 @@ def draw_shapes(*_, train=2560, test=1000, seed=0):
 # --------------------------------------------------------------------------------------- 4. A run
 
 
-class Parser(argparse.ArgumentParser):
+class Parser(ArgumentParser):
     def error(self, message):  # argparse prints the whole usage first; one line is clearer
         self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
 
@@ -579,7 +554,7 @@ def number(kind, low, high):
             if low <= kind(text) <= high:
                 return kind(text)
         word = "a whole number" if kind is int else "a number"
-        raise argparse.ArgumentTypeError(f"{text!r} should be {word} from {low:g} to {high:g}")
+        raise ArgumentTypeError(f"{text!r} should be {word} from {low:g} to {high:g}")
     return parse
 
 
@@ -601,46 +576,42 @@ def base_parser(description: str, fewest_bits: int = 2) -> Parser:
     p = Parser(description=description, allow_abbrev=False)
     bits, count, seed = number(int, fewest_bits, 8), number(int, 1, 10**9), number(int, 0, 2**31)
     rate, decay = number(float, 1e-9, 1e3), number(float, 0, 1)
-    add_flags(
-        p, "data",
-        ("--dataset", ["auto", "cifar10", "cifar100", "folder", "shapes"], "auto",
-         "auto: cifar10 if it is at hand, else shapes"),
-        ("--data-dir", Path, Path("data"), "where data sets lie"),
-        ("--train-size", count, None, "size of a class-balanced subset to train on"),
-        ("--val", count, None, "evaluate on so many held-out training images, not on test images"),
-        ("--augment", ["none", "flip", "crop+flip"], "crop+flip", "of all training images"),
-        ("--pad", number(int, 0, 16), 2, "pixels by which the crop moves an image"))
-    add_flags(
-        p, "network",
-        ("--model", MODELS, "resnet8", "the network"),
-        ("--depth", number(int, 1, 48), 4, "blocks of vit_tiny"),
-        ("--stem", ["cifar", "imagenet"], "cifar", "first layers for small images, or for large "
-                                                   "ones; resnet8, resnet20, vit_tiny have one"),
-        ("--bits", bits, None, "of weights and activations (2)"),
-        ("--wbits", bits, None, "of weights, if not --bits"),
-        ("--abits", bits, None, "of activations, if not --bits"),
-        ("--quantizer", list(QUANTIZERS), "lsq", "of activations; weights have lsq"))
-    add_flags(
-        p, "training",
-        ("--fp-epochs", count, 15, "in full precision"),
-        ("--fp-lr", rate, 0.2, "peak of its learning rate; vit_tiny takes a 200th, by AdamW"),
-        ("--fp-weight-decay", decay, 1e-4, "in it; vit_tiny has 0.05"),
-        ("--epochs", count, 6, "of quantization-aware training, after full precision"),
-        ("--lr", rate, 0.02, "peak of its learning rate"),
-        ("--weight-decay", decay, 5e-4, "in it"),
-        ("--batch-size", number(int, 2, 10**6), 128, "images per step"),
-        ("--seed", seed, [0], "each trains all methods once"),
-        ("--fp-seed", lambda text: text if text == "same" else seed(text), 0,
-         "of full precision and of subsets; same: that of --seed"),
-        ("--recipe", ["paper"], None, "the published settings in place of the defaults"))
-    add_flags(
-        p, "output",
-        ("--out", Path, Path("runs"), "for checkpoints and results.jsonl"),
-        ("--resume", bool, False, "go on where the same command stopped"),
-        ("--dry-run", bool, False, "two steps of everything, into OUT/dry-run"),
-        ("--device", str, "auto", "cpu, cuda, cuda:1, mps, ..."),
-        ("--tf32", bool, False, "faster, coarser products on NVIDIA GPUs"),
-        ("--deterministic", bool, False, "cuDNN's deterministic algorithms, at some cost"))
+    add_flags(p, "data",
+              ("--dataset", ["auto", "cifar10", "cifar100", "folder", "shapes"], "auto",
+               "auto: cifar10 if it is at hand, else shapes"),
+              ("--data-dir", Path, "data", "where data sets lie"),
+              ("--train-size", count, None, "size of a class-balanced subset to train on"),
+              ("--val", count, None, "training images held out to evaluate on, not test images"),
+              ("--augment", ["none", "flip", "crop+flip"], "crop+flip", "of all training images"),
+              ("--pad", number(int, 0, 16), 2, "pixels by which the crop moves an image"))
+    add_flags(p, "network",
+              ("--model", MODELS, "resnet8", "the network"),
+              ("--depth", number(int, 1, 48), 4, "blocks of vit_tiny"),
+              ("--stem", ["cifar", "imagenet"], "cifar", "first layers for small or large images; "
+                                                         "resnet8, resnet20, vit_tiny have one"),
+              ("--bits", bits, None, "of weights and activations (2)"),
+              ("--wbits", bits, None, "of weights, if not --bits"),
+              ("--abits", bits, None, "of activations, if not --bits"),
+              ("--quantizer", list(QUANTIZERS), "lsq", "of activations; weights have lsq"))
+    add_flags(p, "training",
+              ("--fp-epochs", count, 15, "in full precision"),
+              ("--fp-lr", rate, 0.2, "peak of its learning rate; vit_tiny takes a 200th, by AdamW"),
+              ("--fp-weight-decay", decay, 1e-4, "in it; vit_tiny has 0.05"),
+              ("--epochs", count, 6, "of quantization-aware training, after full precision"),
+              ("--lr", rate, 0.02, "peak of its learning rate"),
+              ("--weight-decay", decay, 5e-4, "in it"),
+              ("--batch-size", number(int, 2, 10**6), 128, "images per step"),
+              ("--seed", seed, [0], "each trains all methods once"),
+              ("--fp-seed", lambda text: text if text == "same" else seed(text), 0,
+               "of full precision and of subsets; same: that of --seed"),
+              ("--recipe", ["paper"], None, "the published settings in place of the defaults"))
+    add_flags(p, "output",
+              ("--out", Path, "runs", "for checkpoints and results.jsonl"),
+              ("--resume", bool, False, "go on where the same command stopped"),
+              ("--dry-run", bool, False, "two steps of everything, into OUT/dry-run"),
+              ("--device", str, "auto", "cpu, cuda, cuda:1, mps, ..."),
+              ("--tf32", bool, False, "faster, coarser products on NVIDIA GPUs"),
+              ("--deterministic", bool, False, "cuDNN's deterministic algorithms, at some cost"))
     return p
 
 
@@ -650,10 +621,10 @@ def parse(parser: Parser, recipe: dict) -> Namespace:
     "cifar" [choice]: full precision's published accuracy suggests it there."""
     args = parser.parse_args()
     if args.recipe:
-        given = ("wbits", "abits") if args.bits else ()
+        bits = {"wbits": None, "abits": None} if args.bits else {}
         if args.dataset == "cifar100":
             recipe = recipe | {"stem": "cifar"}
-        parser.set_defaults(**{k: v for k, v in recipe.items() if k not in given})
+        parser.set_defaults(**recipe | bits)
         args = parser.parse_args()
     args.wbits, args.abits = args.wbits or args.bits or 2, args.abits or args.bits or 2
     if args.recipe:
@@ -667,9 +638,8 @@ def parse(parser: Parser, recipe: dict) -> Namespace:
     except (RuntimeError, AssertionError, ImportError) as error:
         parser.error(f"--device {args.device} cannot be used here "
                      f"({str(error).splitlines()[0]}); try --device cpu")
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.tf32
-    torch.backends.cudnn.deterministic = args.deterministic
-    torch.backends.cudnn.benchmark = not args.deterministic
+    cuda.matmul.allow_tf32 = cudnn.allow_tf32 = args.tf32
+    cudnn.deterministic, cudnn.benchmark = args.deterministic, not args.deterministic
     if args.dry_run:
         args.out, args.epochs, args.fp_epochs = args.out / "dry-run", 1, 1
         args.batch_size = min(args.batch_size, 32)
@@ -681,8 +651,7 @@ def parse(parser: Parser, recipe: dict) -> Namespace:
 def entry(main):
     """Run a script. What a user can cause ends in one line: 2 usage or disk, 3 loss, 130 Ctrl-C."""
     if sys.platform == "linux":
-        # By default glibc returns large blocks to the kernel, and every large tensor then pays for
-        # its page faults anew: a tenth to a fifth of a step on the CPU.
+        # Else glibc returns large blocks to the kernel; page faults cost 10 to 20 % of a CPU step.
         ctypes.CDLL(None).mallopt(-4, 0)  # M_MMAP_MAX: no block comes straight from the kernel
         ctypes.CDLL(None).mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: keep up to 2 GB
     try:
@@ -703,8 +672,7 @@ def entry(main):
 
 def sgd(model: nn.Module, lr: float, weight_decay: float, **options) -> torch.optim.SGD:
     """SGD, momentum 0.9; no weight decay on step sizes and offsets of quantizers [choice]."""
-    free = {p for m in model.modules() if isinstance(m, Quantizer) and not m.decays
-            for p in m.parameters()}
+    free = {p for m in model.modules() if not getattr(m, "decays", True) for p in m.parameters()}
     groups = [{"params": [p for p in model.parameters() if p not in free]},
               {"params": [p for p in model.parameters() if p in free], "weight_decay": 0}]
     return torch.optim.SGD(groups, lr, momentum=0.9, weight_decay=weight_decay, **options)
@@ -733,19 +701,17 @@ NOT_SHAPING = "out data_dir dataset train_size val device recipe bits seed metho
 
 
 class Run:
-    """The book-keeping of one training run, so that a script's loop is the paper's lines only:
+    """The book-keeping of one training run, so that a script's loop is the paper's lines only.
+    `parts` is all that training changes, by name. Random numbers depend on (seed, epoch) only, so
+    resuming is bit-identical, at least on the CPU. The checkpoint's name digests what shapes
+    training. `shared`: full precision, read without --resume wherever FP_FLAGS are the same.
 
         run = Run(args, data, "fpq", seed, args.epochs, model=..., optimizer=...)
         for epoch in run.epochs():                 # seeds, row, evaluation, checkpoint, resume
             for images, labels in run.batches():   # augmented batches, learning rate
                 ...
                 run.log(loss=loss)                 # a mean over the epoch; no device is waited for
-        result = run.finish()                      # batch norm, evaluation, line in results.jsonl
-
-    `parts` is all that training changes, by name. Random numbers depend on (seed, epoch) only, so
-    resuming is bit-identical, at least on the CPU. The checkpoint's name has a digest of all that
-    shapes training.
-    `shared`: full precision, which is read without --resume wherever FP_FLAGS are the same."""
+        result = run.finish()                      # batch norm, evaluation, results.jsonl"""
 
     def __init__(self, args, data, method, seed, epochs, warmup=0.0, shared=False, **parts):
         self.args, self.data, self.method, self.seed, self.parts = args, data, method, seed, parts
@@ -770,8 +736,7 @@ class Run:
                 part.load_state_dict(state[name])
             self.history, self.results = state["history"], state["results"]
         except Exception:  # half a dozen kinds for a damaged or incomplete file
-            raise UsageError(f"{self.path} is damaged or made by another command; delete it to "
-                             "start afresh") from None
+            raise UsageError(f"{self.path} is damaged or from another command; delete it") from None
 
     def save(self):
         state = {"identity": self.identity, "history": self.history, "results": self.results}
@@ -794,16 +759,15 @@ class Run:
             self.sums, self.notes = {}, {}
             self.parts["model"].train()
             yield self.epoch
-            acc, loss = evaluate(self.parts["model"], self.data)
+            done, (acc, loss) = self.epoch + 1, evaluate(self.parts["model"], self.data)
             self.check(loss)
             self.history.append(self.means | self.notes | {
-                "epoch": self.epoch + 1, "eval_loss": loss, "acc": acc, "seconds": self.seconds})
+                "epoch": done, "eval_loss": loss, "acc": acc, "seconds": self.seconds})
             self.save()
-            left = int((self.total - self.epoch - 1) * self.seconds)
+            left = int((self.total - done) * self.seconds)
             means = "  ".join(f"{k} {v:.4f}" for k, v in self.means.items())
-            self.show(f"epoch {self.epoch + 1:>3}/{self.total}  {means}  {self.data.split} loss "
-                      f"{loss:.4f}  acc {acc:5.2f} %  {self.seconds:5.1f} s  left "
-                      f"{left // 60}:{left % 60:02d}")
+            self.show(f"epoch {done:>3}/{self.total}  {means}  {self.data.split} loss {loss:.4f}  "
+                      f"acc {acc:5.2f} %  {self.seconds:5.1f} s  left {left // 60}:{left % 60:02d}")
 
     def show(self, text):
         print(f"{self.method:<9} seed {self.seed}  {text}", flush=True)
@@ -840,10 +804,9 @@ class Run:
             self.sums[name] = self.sums.get(name, 0) + value.detach()
 
     def finish(self, model=None, **row):
-        """The result of the trained network, or of another `model` of this run; `row` sets entries.
-        One line of results.jsonl, however often the run is resumed. Batch norm's statistics are
-        first taken anew from one fixed pass over the training images [choice]: those left by
-        training follow the last few batches, and move a result by up to a point."""
+        """The result of the network or another `model`, with `row`: one line of results.jsonl,
+        however often resumed. Batch norm's statistics are first taken anew in one fixed pass over
+        the training images [choice]: those of the last few batches move it by up to a point."""
         a, model, method = self.args, model or self.parts["model"], row.get("method", self.method)
         if method not in self.results:
             draws = torch.Generator().manual_seed(random_stream("batch norm"))
@@ -855,10 +818,9 @@ class Run:
                 "command": a.command,
                 "seconds_per_epoch": float(np.mean([h["seconds"] for h in self.history]))} | row
             self.save()
-        result = self.results[method]
-        self.show(f"{method}: {result['split']} loss {result['loss']:.4f}  acc "
-                  f"{result['acc']:.2f} %")
-        return record(a.out, result)
+        r = self.results[method]
+        self.show(f"{method}: {r['split']} loss {r['loss']:.4f}  acc {r['acc']:.2f} %")
+        return record(a.out, r)
 
 
 def record(out, result):
@@ -889,19 +851,17 @@ def full_precision(args: Namespace, data: Data) -> tuple[nn.Module, dict]:
             loss.backward()
             optimizer.step()
             run.log(loss=loss)
-    result = run.finish(wbits=32, abits=32, quantizer=None)
-    return model.eval(), result
+    return model.eval(), run.finish(wbits=32, abits=32, quantizer=None)
 
 
 def per_seed(args):
     """(args, seed, data) for every --seed. Where --fp-seed is "same", it is that seed."""
     data, same = None, args.fp_seed == "same"
     for seed in args.seed:
-        own = copy.copy(args)
         if same:
-            own.fp_seed = seed
-        data = load_data(own) if same or data is None else data
-        yield own, seed, data
+            args.fp_seed = seed
+        data = load_data(args) if same or data is None else data
+        yield args, seed, data
 
 
 def print_row(*cells):
@@ -918,19 +878,17 @@ def result_table(results: list[dict]) -> str:
     """A row per method and bits: accuracy, and its difference to the baseline of the same seed."""
     first, groups = results[0], {}
     for r in results:
-        groups.setdefault((r["method"], r["wbits"], r["abits"]), {})[r["seed"]] = r
+        groups.setdefault((r["method"], f"{r['wbits']}/{r['abits']}"), {})[r["seed"]] = r
     lines = [f"\n{first['dataset']}, {first['train_size']} training images, {first['model']}, "
              f"quantizer {results[-1]['quantizer']}, augment {first['augment']}; {first['split']} "
              "accuracy after the last epoch",
-             f"{'method':<14}{'W/A':<7}{'acc %':<15}{'vs baseline':<15}{'s/epoch':<9}seeds"]
-    for (method, *bits), group in groups.items():
-        rows, reference = list(group.values()), groups.get(("baseline", *bits), {})
+             f"{'method':<14}{'W/A':<7}{'acc %':<15}{'vs baseline':<15}seeds"]
+    for (method, bits), group in groups.items():
+        rows, reference = group.values(), groups.get(("baseline", bits), {})
         gains = [r["acc"] - reference[s]["acc"] for s, r in group.items() if s in reference]
         acc = mean_and_error([r["acc"] for r in rows])
         gain = mean_and_error(gains, "+") if method != "baseline" else ""
-        seconds = np.mean([r["seconds_per_epoch"] for r in rows])
-        lines.append(f"{method:<14}{f'{bits[0]}/{bits[1]}':<7}{acc:<15}{gain:<15}{seconds:<9.1f}"
-                     f"{len(rows)}")
+        lines.append(f"{method:<14}{bits:<7}{acc:<15}{gain:<15}{len(rows)}")
     if len({r["seed"] for r in results if r["method"] != "fp"}) > len(
             {r["fp_seed"] for r in results}):
         lines.append("± is over seeds of one full-precision network: its own spread is not in it")
@@ -967,7 +925,6 @@ def hessian_vector(loss_fn, params):
         grads = torch.autograd.grad(out, params, v, create_graph=v is None, retain_graph=True,
                                     materialize_grads=True)
         return torch.cat([g.flatten() for g in grads])
-
     gradient = flat_grad(loss_fn())
     return lambda v: flat_grad(gradient, v), torch.zeros_like(gradient)
 
@@ -994,9 +951,8 @@ def hessian_top_eigenvalue(loss_fn, params: list[Tensor], iters: int,
 
 
 def sharpness(model: nn.Module, data: Data, probes: int = 8, iters: int = 0) -> tuple[float, ...]:
-    """(trace, its standard error[, top eigenvalue if iters]) of the Hessian of the loss in the
-    layers' weights, on 256 training images, with their statistics in batch norm, as those of a
-    network in training follow its last batches and its noise [choice]."""
+    """(trace, its standard error[, top eigenvalue if iters]) of the loss's Hessian in the layers'
+    weights, on 256 training images. Batch norm has their statistics: a run's are noisy [choice]."""
     (images, labels), model = data.sample(256), copy.deepcopy(model)
     update_bn([images], model)
     model.eval()
@@ -1010,15 +966,14 @@ def sharpness(model: nn.Module, data: Data, probes: int = 8, iters: int = 0) -> 
 @contextmanager
 def shifted(params, shifts):
     """Within: params + shifts. After: without, bit for bit; a step taken within is kept."""
-    with torch.no_grad():
-        latent = [p.clone() for p in params]
-        moved = [p.add_(shift).clone() for p, shift in zip(params, shifts)]
+    params = [p.detach() for p in params]  # the same memory
+    latent = [p.clone() for p in params]
+    moved = [p.add_(shift).clone() for p, shift in zip(params, shifts)]
     try:
         yield
     finally:
-        with torch.no_grad():
-            for p, w, m in zip(params, latent, moved):
-                p.copy_(w + (p - m))
+        for p, w, m in zip(params, latent, moved):
+            p.copy_(w + (p - m))
 
 
 @dataclass
