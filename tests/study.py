@@ -5,7 +5,8 @@
     python tests/study.py report                    the tables of the README, from the data
 
 DIR is CIFAR-10 as a folder of images. Every command is the exact command line of a script, for one
-seed. Stopped at any moment, the same call goes on. Data: tests/data/tuning.jsonl, study.jsonl.
+seed. Stopped at any moment, the same call goes on. tests/data/plan.json has the plan; the results
+are in tuning.jsonl and study.jsonl beside it.
 """
 
 import argparse
@@ -24,86 +25,38 @@ DATA = ROOT / "tests" / "data"
 sys.path.insert(0, str(ROOT))
 import common  # noqa: E402
 
-# (script, method, flag to tune, its values, augmentations). The flags' other values are defaults.
-GRIDS = [("cr_qat.py", "cr", "--lambda-max", [0.1, 0.3, 1.0, 3.0], ["crop+flip", "none"]),
-         ("fpq.py", "kd", "--kd-weight", [0.03, 0.1, 0.3, 1.0], ["crop+flip", "none"]),
-         ("fpq.py", "csd", "--csd-weight", [0.1, 1.0, 10.0, 100.0], ["crop+flip", "none"]),
-         ("fpq.py", "baseline", "--lr", [0.005, 0.01, 0.02, 0.05], ["crop+flip", "none"]),
-         ("mec_quant.py", "mec-quant", "--beta", [0.1, 1.0, 10.0, 100.0], ["crop+flip"]),
-         ("cr_qat.py", "cr", "--ema", [0.97, 0.99, 0.999], ["crop+flip"]),
-         ("fpq.py", "kd", "--kd-temperature", [1.0, 2.0, 8.0], ["crop+flip"]),
-         ("flat_quant.py", "weight+activation", "--noise-lambda", [0.25, 0.5, 1.0, 2.0],
-          ["crop+flip"]),
-         ("flat_quant.py", "sam", "--sam-rho", [0.02, 0.05, 0.1, 0.2], ["crop+flip"]),
-         ("fpq.py", "baseline", "--epochs", [15, 60], ["crop+flip"])]
+# "tuning" is a list of grids: a flag and its values, all else as by default. "study" is a list of
+# tables. A row is [name, flags, method of the result], the first row is the reference; "fp", full
+# precision, comes with any other row. A column is [heading, augmentation, bits of weights, of
+# activations].
+PLAN = json.loads((DATA / "plan.json").read_text())
 SIZES = "--dataset folder --train-size 5000 {}--fp-epochs 60 --seed {}"
-
-# (title, script, shared flags, rows, columns, seeds). A row is (name, flags, method of the result),
-# the first is the reference; a column is (heading, augmentation, bits of the result).
-BOTH = [("no augmentation", "none", (2, 2)), ("crop and flip", "crop+flip", (2, 2))]
-CONTROLS = "--controls --views crop+flip"
-PTQ = [(name, "crop+flip", bits) for name, bits in (
-    ("FP", (32, 32)), ("W4A4", (4, 4)), ("W3A4", (3, 4)), ("W2A4", (2, 4)))]
-
-
-def methods(*names: str, more: str = "") -> list[tuple]:
-    return [(name, f"--method {name}{more}", name) for name in names]
-
-
-TABLES = [
-    ("FPQ, W2A2", "fpq.py", "--bits 2 --epochs 30",
-     methods("baseline", more=" --diagnose") + methods("sfp", "csd") +
-     methods("fpq", more=" --diagnose") + methods("kd", "sam"), BOTH, 5),
-    ("CR, W2A2", "cr_qat.py", "--bits 2 --epochs 30",
-     [(name, CONTROLS, name) for name in ("baseline", "baseline-ema", "two-view", "pi",
-                                          "fp-teacher", "cr", "cr-ema")], BOTH, 5),
-    ("MEC-Quant, W2A2", "mec_quant.py", "--bits 2 --epochs 30",
-     methods("baseline", "mec", "mec-quant", "branch", "random"), BOTH, 5),
-    ("DNQ, before and after PTQ", "flat_quant.py", "--wbits 2 --abits 4",
-     [(name + swa, f"--method {name}", name + swa) for swa in ("", "+swa") for name in (
-         "sgd", "weight", "additive", "isotropic", "wrong-bits", "activation", "weight+activation",
-         "sam")], PTQ, 5),
-    ("FPQ, places of the noise, W2A2", "fpq.py", "--bits 2 --epochs 30",
-     methods("baseline", more=" --diagnose") + methods("sfp") +
-     [(f"sfp, {where}", f"--method sfp --noise-at {where}", "sfp")
-      for where in ("input", "weight")], BOTH, 3),
-    ("CR, both views the same, W2A2", "cr_qat.py", "--bits 2 --epochs 30",
-     [("baseline", CONTROLS, "baseline"), *methods("cr")], BOTH[:1], 3),
-    ("CR, 1,000 labels, W2A2", "cr_qat.py", "--bits 2 --epochs 30",
-     methods("baseline", "cr", more=" --labels 1000"), BOTH[1:], 3),
-    ("MEC-Quant, W4A1", "mec_quant.py", "--wbits 4 --abits 1 --epochs 30",
-     methods("baseline", "mec-quant"), [(n, a, (4, 1)) for n, a, _ in BOTH], 3),
-    ("W4A4", "fpq.py", "--bits 4 --epochs 30", methods("baseline", "fpq", "kd"),
-     [(n, a, (4, 4)) for n, a, _ in BOTH], 3)]
 
 
 def tuning() -> list[str]:
     """All commands of the tuning, the first seed of everything before the second."""
     commands = []
     for seed in (0, 1):
-        for script, method, flag, values, augments in GRIDS:
-            for value in values:
-                for augment in augments:
-                    bits = "--wbits 2 --abits 4" if script == "flat_quant.py" else "--bits 2"
-                    epochs = "" if flag == "--epochs" else "--epochs 30 "
-                    commands.append(
-                        f"python {script} --method {method} {flag} {value} {bits} {epochs}"
-                        f"--augment {augment} {SIZES.format('--val 1000 ', seed)}")
-    return list(dict.fromkeys(commands))
+        for grid in PLAN["tuning"]:
+            bits = "--wbits 2 --abits 4" if grid["script"] == "flat_quant.py" else "--bits 2"
+            epochs = "" if grid["flag"] == "--epochs" else "--epochs 30 "
+            commands += [f"python {grid['script']} --method {grid['method']} {grid['flag']} {value} "
+                         f"{bits} {epochs}--augment {augment} {SIZES.format('--val 1000 ', seed)}"
+                         for value in grid["values"] for augment in grid["augment"]]
+    return commands
 
 
-def command(script: str, flags: str, row: tuple, column: tuple, seed: int) -> str:
-    words = ["python", script, row[1], flags, "--augment", column[1], SIZES.format("", seed),
-             "--fp-seed same"]
-    return " ".join(filter(None, words))
+def command(table: dict, row: list, column: list, seed: int) -> str:
+    return (f"python {table['script']} {row[1]} {table['flags']} --augment {column[1]} "
+            f"{SIZES.format('', seed)} --fp-seed same")
 
 
 def study() -> list[str]:
-    """All commands of TABLES, the first seed of everything before the second."""
+    """All commands of the tables, the first seed of everything before the second."""
     return list(dict.fromkeys(
-        command(script, flags, row, column, seed) for seed in range(5)
-        for _, script, flags, rows, columns, seeds in TABLES if seed < seeds
-        for row in rows for column in columns))
+        command(table, row, column, seed) for seed in range(5) for table in PLAN["study"]
+        if seed < table["seeds"] for row in table["rows"] if row[2] != "fp"
+        for column in table["columns"]))
 
 
 def read(file: Path) -> list[dict]:
@@ -142,21 +95,23 @@ def tuning_table(rows: list[dict]) -> str:
     """Mean accuracy on held-out images for each value, over the seeds there are."""
     lines = ["| script, method | flag | value: accuracy %, crop and flip | without augmentation |",
              "|---|---|---|---|"]
-    for script, method, flag, values, _ in GRIDS:
+    for grid in PLAN["tuning"]:
+        bits = [2, 4] if grid["script"] == "flat_quant.py" else [2, 2]
+        rows_of = [r for r in rows if [r["script"], r["method"], r["wbits"], r["abits"]] == [
+            grid["script"], grid["method"], *bits]]
         columns = []
         for augment in ("crop+flip", "none"):
             cells = []
-            for value in values:
-                bits = (2, 4) if script == "flat_quant.py" else (2, 2)
-                acc = [r["acc"] for r in rows if f"{flag} {value} " in r["command"] and (
-                    r["script"], r["method"], r["augment"], r["wbits"], r["abits"]) == (
-                    script, method, augment, *bits)]
+            for value in grid["values"]:
+                acc = [r["acc"] for r in rows_of if r["augment"] == augment
+                       and f"{grid['flag']} {value} " in r["command"]]
                 if acc:
                     more = f" ({len(acc)})" if len(acc) > 1 else ""
                     cells.append(f"{value:g}: {np.mean(acc):.1f}{more}")
             columns.append(", ".join(cells))
         if any(columns):
-            lines.append(f"| `{script}` {method} | `{flag}` | {' | '.join(columns)} |")
+            lines.append(f"| `{grid['script']}` {grid['method']} | `{grid['flag']}` | "
+                         f"{' | '.join(columns)} |")
     return "\n".join(lines)
 
 
@@ -169,39 +124,41 @@ def published(name: str, wbits: int, abits: int) -> str:
     return f"{acc[name] - acc['LSQ']:+.2f}" if name in acc else ""
 
 
-def study_table(table: tuple, rows: list[dict]) -> str:
+def study_table(table: dict, rows: list[dict]) -> str:
     """Accuracy of each row, and its difference to the first row of the same seed, as mean ±
     standard error over the seeds; the published difference, where there is one."""
-    title, script, flags, methods, columns, seeds = table
-    found = {(r["command"], r["method"], r["wbits"], r["abits"]): r["acc"] for r in rows}
+    found = {(r["command"], r["method"], r["wbits"], r["abits"]): r["acc"] for r in rows} | {
+        (r["augment"], "fp", r["seed"]): r["acc"] for r in rows
+        if r["method"] == "fp" and r["train_size"] == 5000}
 
     def accuracies(row, column):
-        keys = {seed: (command(script, flags, row, column, seed), row[2], *column[2])
-                for seed in range(seeds)}
+        keys = {seed: (column[1], "fp", seed) if row[2] == "fp" else (
+            command(table, row, column, seed), row[2], *column[2:])
+            for seed in range(table["seeds"])}
         return {seed: found[key] for seed, key in keys.items() if key in found}
 
-    names = [column[0] for column in columns]
-    lines = [f"| {title} | {' | | '.join(names)} | | published | seeds |",
-             "|---|" + "---|---|" * len(names) + "---|---|"]
-    for row in methods:
+    columns, reference = table["columns"], table["rows"][0]
+    lines = [f"| {table['title']} | {' | | '.join(c[0] for c in columns)} | | published | seeds |",
+             "|---|" + "---|---|" * len(columns) + "---|---|"]
+    for row in table["rows"]:
         cells, counts = [], []
         for column in columns:
-            acc, reference = accuracies(row, column), accuracies(methods[0], column)
-            gains = [acc[seed] - reference[seed] for seed in acc if seed in reference]
-            gain = "" if row == methods[0] else common.mean_and_error(gains, "+")
+            acc, other = accuracies(row, column), accuracies(reference, column)
+            gains = [acc[seed] - other[seed] for seed in acc if seed in other]
+            gain = "" if row == reference else common.mean_and_error(gains, "+")
             cells += [common.mean_and_error(list(acc.values())), gain]
             counts.append(len(acc))
         if any(counts):
-            fields = row[0], *cells, published(row[0], *columns[0][2]), min(counts)
-            lines.append(f"| {' | '.join(map(str, fields))} |")
+            fields = row[0], *cells, published(row[0], *columns[0][2:]), str(min(counts))
+            lines.append(f"| {' | '.join(fields)} |")
     return "\n".join(lines) if lines[2:] else ""
 
 
 def report() -> str:
     """All tables, from the data."""
     rows = read(DATA / "study.jsonl")
-    tables = [tuning_table(read(DATA / "tuning.jsonl")), *(study_table(t, rows) for t in TABLES)]
-    return "\n\n".join(filter(None, tables))
+    return "\n\n".join(filter(None, [tuning_table(read(DATA / "tuning.jsonl")),
+                                     *(study_table(table, rows) for table in PLAN["study"])]))
 
 
 def main() -> None:

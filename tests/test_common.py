@@ -336,14 +336,16 @@ def test_recipe_sets_what_no_flag_does_and_bits_win(parse, capsys):
 
 
 def test_study_table_pairs_seeds_and_has_the_published_gain():
-    (column, _), (first, second) = study.BOTH, study.methods("baseline", "fpq")
-    table = ("FPQ", "fpq.py", "--bits 2", [first, second], [column], 3)
-    rows = [{"command": study.command(*table[1:3], row, column, seed), "method": row[0],
-             "acc": acc, "wbits": 2, "abits": 2} for row, seed, acc in (
+    column, first, second = ["c", "none", 2, 2], ["baseline", "-b", "b"], ["fpq", "-f", "f"]
+    table = {"title": "t", "script": "s", "flags": "--bits 2", "seeds": 3, "columns": [column],
+             "rows": [first, second, ["full", "", "fp"]]}
+    rows = [{"command": study.command(table, row, column, seed), "method": row[2], "acc": acc,
+             "wbits": 2, "abits": 2} for row, seed, acc in (
         (second, 1, 84.0), (second, 0, 82.5), (first, 0, 80.0), (first, 1, 82.0), (first, 2, 81.0))]
+    rows.append(rows[0] | {"augment": "none", "method": "fp", "seed": 1, "train_size": 5000})
     assert study.study_table(table, rows).split("\n")[2:] == [
         "| baseline | 81.00 ± 0.58 |  |  | 3 |",
-        "| fpq | 83.25 ± 0.75 | +2.25 ± 0.25 | +0.51 | 2 |"]
+        "| fpq | 83.25 ± 0.75 | +2.25 ± 0.25 | +0.51 | 2 |", "| full | 84.00 | +2.00 |  | 1 |"]
 
 
 def test_the_readme_has_the_tables_of_the_committed_data():
