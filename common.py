@@ -109,8 +109,9 @@ def scale_gradient(t, scale):
 class Quantizer(nn.Module):
     """LSQ: a learned step size and a fixed zero point, for a tensor or per channel (dim 0). Levels
     are 0 to qmax = 2^bits - 1, of 1 to 8 bits. step_size is NaN until `initialize`; its sign has no
-    meaning. A one-bit weight (with `channels`) has z = 1/2: it is -s/2 or s/2 [choice]. Step sizes
-    of 8 bits stay as calibrated [choice]: LSQ makes them grow until few levels are used."""
+    meaning. A one-bit weight (with `channels`) has z = 1/2: it is -s/2 or s/2; an activation is 0
+    or s (or -s or 0) [choice]. Step sizes of 8 bits stay as calibrated [choice]: LSQ makes them
+    grow until few levels are used."""
 
     decays = False  # whether weight decay applies to the learned parameters [choice]
 
