@@ -1,4 +1,4 @@
-"""Shared by all tests: the import path, tiny data, and the ways to run a script."""
+"""Shared by all tests: the import path, tiny data and networks, and the ways to run a script."""
 
 import functools
 import importlib
@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
+from torchvision.ops import Conv2dNormActivation
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -16,26 +18,22 @@ sys.path.insert(0, str(ROOT))
 import common  # noqa: E402
 import flat_quant  # noqa: E402
 
-CPU = ["--device", "cpu"]
-SHAPES = [*CPU, "--dataset", "shapes", "--dry-run"]
-LONG = {"matrix": "every script, network, quantizer and bits: an hour",
-        "kills": "forty kills at random moments: two minutes"}
+SHAPES = "--dataset shapes --dry-run"
+draw_shapes = functools.cache(common.draw_shapes)
+close = torch.testing.assert_close
+same = functools.partial(close, rtol=0, atol=0)  # bit for bit
+
+
+def normal(*shape, seed=1):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def pytest_configure(config):
-    for name, what in LONG.items():
-        config.addinivalue_line("markers", f"{name}: {what}; asked for by -m {name}")
-
-
-def pytest_collection_modifyitems(config, items):
     """What takes long is run only where -m asks for it."""
-    if not config.option.markexpr:
-        keep = [item for item in items if not any(map(item.get_closest_marker, LONG))]
-        config.hook.pytest_deselected(items=[item for item in items if item not in keep])
-        items[:] = keep
-
-
-draw_shapes = functools.cache(common.draw_shapes)
+    for name, what in (("matrix", "every script, network, quantizer and bits: an hour"),
+                       ("kills", "forty kills at random moments: two minutes")):
+        config.addinivalue_line("markers", f"{name}: {what}; asked for by -m {name}")
+    config.option.markexpr = config.option.markexpr or "not matrix and not kills"
 
 
 @pytest.fixture(autouse=True)
@@ -69,48 +67,94 @@ def calibrated(tiny_data):
 
 
 @pytest.fixture
-def parse(monkeypatch, tmp_path):
-    """parse("fpq", *flags) -> the args of a dry run on shapes, for `tiny_data`."""
-    def arguments(script: str, *flags: str) -> Namespace:
-        monkeypatch.setattr(sys, "argv", [f"{script}.py", "--out", str(tmp_path), *SHAPES, *flags])
-        return importlib.import_module(script).parse_args()
-    return arguments
+def called(monkeypatch, tmp_path):
+    """called("fpq", *flags) -> the script as a module, after sys.argv has become that of a user's
+    call. Flags that are strings are split at spaces; paths are not."""
+    def script_of(script: str, *flags: str | Path):
+        words = [word for flag in flags
+                 for word in (flag.split() if isinstance(flag, str) else [str(flag)])]
+        monkeypatch.setattr(
+            sys, "argv", [f"{script}.py", "--device", "cpu", "--out", str(tmp_path), *words])
+        return importlib.import_module(script)
+    return script_of
 
 
 @pytest.fixture
-def run(monkeypatch, tmp_path, capsys):
+def parse(called):
+    """parse("fpq", *flags) -> the args of a dry run on shapes, for `tiny_data`."""
+    return lambda script, *flags: called(script, SHAPES, *flags).parse_args()
+
+
+@pytest.fixture
+def run(called, tmp_path, capsys):
     """run("fpq", *flags) runs a script as a user does, in this process: exit code .code, printed
     .out and .err, and .results, all lines so far of all results.jsonl within tmp_path."""
-    def entered(script: str, *flags: str) -> Namespace:
-        monkeypatch.setattr(sys, "argv", [f"{script}.py", "--out", str(tmp_path), *CPU, *flags])
+    def entered(script: str, *flags: str | Path) -> Namespace:
         code = 0
         try:
-            common.entry(importlib.import_module(script).main)
+            common.entry(called(script, *flags).main)
         except SystemExit as stop:
             code = stop.code
         out, err = capsys.readouterr()
         results = [json.loads(line) for file in sorted(tmp_path.rglob("results.jsonl"))
-                   for line in file.read_text().splitlines()]
+                   for line in file.open()]
         return Namespace(code=code, out=out, err=err, results=results)
     return entered
 
 
-class FirstStep(Exception):
-    pass
+def tiny_network():
+    torch.manual_seed(0)
+    layers = (Conv2dNormActivation(*shape) for shape in ((3, 4, 3, 4), (4, 4, 3), (4, 8, 3)))
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10)).eval()
 
 
-def first_step(monkeypatch, train, *args) -> list[torch.Tensor | None]:
-    """The gradients at the first optimizer step of train(*args), of all parameters that require
-    one, in the optimizer's order."""
+@pytest.fixture
+def forces(monkeypatch):
+    """A list that all gradient ratios are appended to; the networks and samples become tiny."""
+    found, ratio, sample = [], common.gradient_ratio, common.Data.sample
+    monkeypatch.setattr(common, "build_model", lambda *_: tiny_network())
+    monkeypatch.setattr(common.Data, "sample", lambda data, count: sample(data, 8))
+    monkeypatch.setattr(
+        common, "gradient_ratio", lambda *terms: found.append(ratio(*terms)) or found[-1])
+    return found
+
+
+def student_of(network, data):
+    """What `train` starts from, in training mode."""
+    student = common.quantize(network, 2, 2)
+    common.calibrate(student, data.sample(100)[0])
+    return student.train()
+
+
+def learned(optimizer):
+    """The parameters that require a gradient, in the optimizer's order."""
+    return [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
+
+
+def gradients(student, loss):
+    """Of `learned`, which is the order of `first_step`."""
+    return [*torch.autograd.grad(loss, learned(common.sgd(student, 1, 0)))]
+
+
+def first_step(train, *args) -> list[torch.Tensor | None]:
+    """The gradients of `learned` at the first optimizer step of train(*args), which ends it."""
     grads = []
 
     def step(optimizer, *_):
-        grads.extend(p.grad for group in optimizer.param_groups for p in group["params"]
-                     if p.requires_grad)
-        raise FirstStep
-
-    with monkeypatch.context() as patch:
+        grads.extend(p.grad for p in learned(optimizer))
+        raise KeyboardInterrupt
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(torch.optim.SGD, "step", step)
-        with pytest.raises(FirstStep):
-            train(*args)
+        train(*args)
     return grads
+
+
+def first_step_by_script(train, args, data, method, *views):
+    """(its gradients, then for the same step by hand: full precision, student, batch). The noise of
+    the script comes next from torch's generator."""
+    network, stream = tiny_network(), functools.partial(common.random_stream, "method")
+    grads = first_step(train, args, data, method, 0, network)
+    student = student_of(network, data)
+    torch.manual_seed(stream("noise", 0, 0))
+    draws = torch.Generator().manual_seed(stream("batches", 0, 0))
+    return grads, network, student, next(data.batches(32, draws, views))

@@ -5,8 +5,7 @@
     python tests/study.py report                    the tables of the README, from the data
 
 DIR is CIFAR-10 as a folder of images. Every command is the exact command line of a script, for one
-seed. Stopped at any moment, the same call goes on. tests/data/plan.json has the plan; the results
-are in tuning.jsonl and study.jsonl beside it.
+seed. Stopped at any moment, the same call goes on. Plan: tests/data/plan.json; data beside it.
 """
 
 import argparse
@@ -16,6 +15,7 @@ import shlex
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -40,8 +40,8 @@ def tuning() -> list[str]:
         for grid in PLAN["tuning"]:
             bits = "--wbits 2 --abits 4" if grid["script"] == "flat_quant.py" else "--bits 2"
             epochs = "" if grid["flag"] == "--epochs" else "--epochs 30 "
-            commands += [f"python {grid['script']} --method {grid['method']} {grid['flag']} {value} "
-                         f"{bits} {epochs}--augment {augment} {SIZES.format('--val 1000 ', seed)}"
+            commands += [f"python {grid['script']} --method {grid['method']} {grid['flag']} {value}"
+                         f" {bits} {epochs}--augment {augment} {SIZES.format('--val 1000 ', seed)}"
                          for value in grid["values"] for augment in grid["augment"]]
     return commands
 
@@ -64,31 +64,25 @@ def read(file: Path) -> list[dict]:
 
 
 def run(commands: list[str], data: Path, data_dir: Path, out: Path, jobs: int) -> None:
-    """Start the commands that `data` has no results of, `jobs` at a time; append their results."""
+    """Run the commands that `data` has no results of, `jobs` at a time; append their results."""
+    def one(command):
+        words = [sys.executable, *shlex.split(command)[1:], "--data-dir", str(data_dir),
+                 "--out", str(out), "--resume"]
+        print(f"{time.strftime('%H:%M')}  started {command}", flush=True)
+        with (out / "log.txt").open("a") as log:
+            code = subprocess.run(words, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT,
+                                  env=os.environ | {"OMP_NUM_THREADS": "1"}).returncode
+        rows = [row | {"command": command} for row in read(out / "results.jsonl")
+                if row["command"].startswith(command + " --data-dir") and code == 0]
+        with data.open("a") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+        print(f"{time.strftime('%H:%M')}  {len(rows)} results, exit code {code}; command "
+              f"{missing.index(command) + 1} of {len(missing)}", flush=True)
     out.mkdir(parents=True, exist_ok=True)
     done = {row["command"] for row in read(data)}
-    waiting, running = [c for c in commands if c not in done], {}
-    while waiting or running:
-        while waiting and len(running) < jobs:
-            command = waiting.pop(0)
-            words = [sys.executable, *shlex.split(command)[1:], "--data-dir", str(data_dir),
-                     "--out", str(out), "--resume"]
-            running[command] = subprocess.Popen(
-                words, cwd=ROOT, stdout=(out / "log.txt").open("a"), stderr=subprocess.STDOUT,
-                env=os.environ | {"OMP_NUM_THREADS": "1"})
-            print(f"{time.strftime('%H:%M')}  started {command}", flush=True)
-        time.sleep(1)
-        for command, process in list(running.items()):
-            if process.poll() is None:
-                continue
-            del running[command]
-            rows = [row | {"command": command} for row in read(out / "results.jsonl")
-                    if row["command"].startswith(command + " --data-dir")
-                    and process.returncode == 0]
-            with data.open("a") as file:
-                file.writelines(json.dumps(row) + "\n" for row in rows)
-            print(f"{time.strftime('%H:%M')}  {len(rows)} results, exit code {process.returncode}, "
-                  f"{len(waiting)} waiting", flush=True)
+    missing = [command for command in commands if command not in done]
+    with ThreadPoolExecutor(jobs) as pool:
+        list(pool.map(one, missing))  # which raises what one of them raised
 
 
 def tuning_table(rows: list[dict]) -> str:
@@ -117,11 +111,10 @@ def tuning_table(rows: list[dict]) -> str:
 
 def published(name: str, wbits: int, abits: int) -> str:
     """FPQ's gain over LSQ on ResNet-18 and CIFAR-10 in % (Tables 1, 2, 4), or nothing."""
-    acc = {row["method"]: row["resnet18"] for row in json.loads(
-        (DATA / "published.json").read_text()) if (row["dataset"], row["wbits"], row["abits"]) == (
-        "cifar10", wbits, abits)}
-    name = name.upper()
-    return f"{acc[name] - acc['LSQ']:+.2f}" if name in acc else ""
+    rows = json.loads((DATA / "published.json").read_text())
+    acc = {row["method"].lower(): row["resnet18"] for row in rows
+           if [row["dataset"], row["wbits"], row["abits"]] == ["cifar10", wbits, abits]}
+    return f"{acc[name] - acc['lsq']:+.2f}" if name in acc else ""
 
 
 def study_table(table: dict, rows: list[dict]) -> str:
@@ -136,7 +129,6 @@ def study_table(table: dict, rows: list[dict]) -> str:
             command(table, row, column, seed), row[2], *column[2:])
             for seed in range(table["seeds"])}
         return {seed: found[key] for seed, key in keys.items() if key in found}
-
     columns, reference = table["columns"], table["rows"][0]
     lines = [f"| {table['title']} | {' | | '.join(c[0] for c in columns)} | | published | seeds |",
              "|---|" + "---|---|" * len(columns) + "---|---|"]

@@ -1,6 +1,7 @@
 """Data, flatness, book-keeping and the command line."""
 
 import copy
+import importlib
 import itertools
 import re
 import sys
@@ -12,13 +13,10 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from torch import nn
-from torch.optim.swa_utils import update_bn
 
 import common
 import study
-from conftest import ROOT, SHAPES, draw_shapes, first_step, load
-
-exactly = {"rtol": 0, "atol": 0}
+from conftest import ROOT, SHAPES, close, draw_shapes, first_step, load, same, tiny_network
 
 
 def test_shapes_are_balanced_and_of_their_seed():
@@ -30,8 +28,8 @@ def test_shapes_are_balanced_and_of_their_seed():
 def test_cut_is_a_window_of_the_black_padded_image_and_sample_the_image():
     data, index = load(train_size=20, pad=3), torch.arange(20)
     inner = data.train_padded[:, 3:-3, 3:-3]
-    torch.testing.assert_close(data.mean, (inner / 255).mean((0, 1, 2)))
-    torch.testing.assert_close(data.std, (inner / 255).flatten(0, 2).std(0))
+    close(data.mean, (inner / 255).mean((0, 1, 2)))
+    close(data.std, (inner / 255).flatten(0, 2).std(0))
     row, column = torch.randint(-3, 4, (2, 20), generator=torch.Generator().manual_seed(3))
     images = data.cut(index, row, column, index % 3)
     for i, padded in enumerate(data.train_padded):
@@ -49,7 +47,6 @@ def test_cut_is_a_window_of_the_black_padded_image_and_sample_the_image():
 def test_batches_cover_an_epoch_once_and_depend_on_the_seed_only(tiny_data):
     def epoch(seed, *views, size=16):
         return list(tiny_data.batches(size, torch.Generator().manual_seed(seed), views))
-
     one, two = epoch(0, "crop+flip"), epoch(0, "crop+flip", "crop+flip")
     labels, other = (torch.cat([y for _, y in batches]) for batches in (one, epoch(1, "crop+flip")))
     assert torch.equal(labels.bincount(), tiny_data.train_labels.bincount())
@@ -72,7 +69,7 @@ def test_val_holds_out_balanced_images_by_fp_seed_and_reads_no_test_image(run, m
     assert torch.equal(data.test_images, again.test_images)
     assert not torch.equal(data.test_images, other.test_images)
     assert len({data.fingerprint, again.fingerprint, other.fingerprint}) == 3
-    result = run("fpq", *SHAPES, "--val", "300", "--method", "baseline")
+    result = run("fpq", SHAPES, "--val 300 --method baseline")
     assert {r["split"] for r in result.results} == {"val"} and "test" not in result.out
 
 
@@ -86,11 +83,8 @@ def test_split_is_as_balanced_as_the_classes_allow():
 
 
 def test_cifar_is_read_where_it_lies_and_only_auto_does_without(monkeypatch, capsys):
-    def read(root, train, download):
-        targets = [0, 1, 2] * (2 if train else 1)
-        return Namespace(targets=targets, data=np.full((len(targets), 32, 32, 3), 7, np.uint8))
-
-    monkeypatch.setattr(torchvision.datasets, "CIFAR10", read)
+    monkeypatch.setattr(torchvision.datasets, "CIFAR10", lambda root, train, download: Namespace(
+        targets=[0, 1, 2] * (1 + train), data=np.full((3 + 3 * train, 32, 32, 3), 7, np.uint8)))
     data = load(dataset="auto")
     assert (data.name, data.classes, data.split, len(data.test_labels)) == ("cifar10", 3, "test", 3)
     assert (data.train_padded[:, 2:-2, 2:-2] == 7).all()
@@ -128,9 +122,9 @@ def test_sharpness_is_of_the_weights_with_fresh_batch_norm_in_a_copy(calibrated,
     before = copy.deepcopy(calibrated.train().state_dict())
     found = common.sharpness(calibrated, tiny_data, probes=2, iters=1)
     assert calibrated.training and len(found) == 3
-    torch.testing.assert_close(calibrated.state_dict(), before, **exactly)
+    same(calibrated.state_dict(), before)
     images, labels = tiny_data.sample(64)
-    update_bn([images], calibrated)
+    common.update_bn([images], calibrated)
     weights = [layer.weight for layer in common.weight_layers(calibrated.eval()).values()]
     expected = common.hessian_trace(lambda: F.cross_entropy(calibrated(images), labels), weights,
                                     2, torch.Generator().manual_seed(0))
@@ -138,11 +132,8 @@ def test_sharpness_is_of_the_weights_with_fresh_batch_norm_in_a_copy(calibrated,
 
 
 def test_evaluate_counts_every_test_image_and_keeps_the_mode(tiny_data):
-    class Constant(nn.Module):
-        def forward(self, x):
-            return torch.eye(10)[torch.full((len(x),), 3 + self.training)]
-
-    model, share = Constant(), (tiny_data.test_labels == 3).float().mean().item()
+    model, share = nn.Module(), (tiny_data.test_labels == 3).float().mean().item()
+    model.forward = lambda x: torch.eye(10)[torch.full((len(x),), 3 + model.training)]
     assert common.evaluate(model, tiny_data, batch_size=50) == pytest.approx(  # 50 + 17
         (100 * share, np.log(9 + np.e) - share), rel=1e-5)
     assert model.training
@@ -174,12 +165,8 @@ def test_run_follows_the_schedule_and_keeps_means_and_notes(parse, tiny_data):
 
 def test_random_numbers_differ_by_purpose_stage_seed_and_epoch(parse, tiny_data, monkeypatch):
     batches, seeds = common.Data.batches, []
-
-    def spy(self, size, draws, views):
-        seeds.extend([torch.initial_seed(), draws.initial_seed()])
-        return batches(self, size, draws, views)
-
-    monkeypatch.setattr(common.Data, "batches", spy)
+    monkeypatch.setattr(common.Data, "batches", lambda self, size, draws, views: seeds.extend(
+        [torch.initial_seed(), draws.initial_seed()]) or batches(self, size, draws, views))
     for seed, shared in ((0, False), (0, True), (1, False), (1, True), (0, False)):
         run = linear_run(parse("fpq"), tiny_data, seed, shared=shared)
         for _ in run.epochs():
@@ -195,7 +182,7 @@ def test_progress_is_for_a_terminal_only(terminal, parse, tiny_data, capsys, mon
     monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)
     clock = itertools.count()
     monkeypatch.setattr(common.time, "perf_counter", lambda: 0.6 * next(clock))
-    run = linear_run(parse("fpq", "--batch-size", "16"), tiny_data)
+    run = linear_run(parse("fpq", "--batch-size 16"), tiny_data)
     for _ in run.epochs():
         for i, _ in enumerate(run.batches()):
             run.log(loss=torch.tensor(i + 1.0))
@@ -210,27 +197,21 @@ def test_progress_is_for_a_terminal_only(terminal, parse, tiny_data, capsys, mon
     ("fpq", "none", 2, ""), ("cr_qat", "flip", 5, "--controls"), ("mec_quant", "crop+flip", 1, ""),
     ("flat_quant", "crop+flip", 0, "--method sgd")])
 def test_augmentation_and_batch_norm_of_all_results(script, augment, pad, more, run, monkeypatch):
-    """--augment and --pad in full precision, methods and the pass that precedes a result. Whatever
-    training left in batch norm, its statistics are then those of that one pass."""
-    cut, finish, drawn, finished = common.Data.cut, common.Run.finish, [], set()
-
-    def spoil_and_finish(self, model=None, **row):
+    """--augment and --pad in full precision, methods and the pass that precedes a result, whose
+    statistics batch norm then has."""
+    def finish_and_compare(self, model=None, **row):
         network = model or self.parts["model"]
-        expected = copy.deepcopy(network).train()
-        for m in network.modules():
-            if isinstance(m, nn.BatchNorm2d):
-                m.running_mean.fill_(3)
-        result = finish(self, model, **row)
+        expected, result = copy.deepcopy(network).train(), finish(self, model, **row)
         draws = torch.Generator().manual_seed(common.random_stream("batch norm"))
-        update_bn((x for x, _ in self.data.batches(32, draws, (augment,))), expected)
-        torch.testing.assert_close(network.state_dict(), expected.state_dict(), **exactly)
+        common.update_bn(self.data.batches(32, draws, (augment,)), expected)
+        same(network.state_dict(), expected.state_dict())
         assert (result["acc"], result["loss"]) == common.evaluate(expected, self.data)
         finished.add(result["method"])
         return result
-
-    monkeypatch.setattr(common.Run, "finish", spoil_and_finish)
+    cut, finish, drawn, finished = common.Data.cut, common.Run.finish, [], set()
+    monkeypatch.setattr(common.Run, "finish", finish_and_compare)
     monkeypatch.setattr(common.Data, "cut", lambda *args: drawn.append(args) or cut(*args))
-    result = run(script, *SHAPES, "--augment", augment, "--pad", str(pad), *more.split())
+    result = run(script, SHAPES, f"--augment {augment} --pad {pad}", more)
     assert result.code == 0 and {r["method"] for r in result.results} == finished
     for _, _, row, column, mirrored in (args for args in drawn if len(args[1]) == 32):  # batches
         moves = [*range(-pad, pad + 1)] if "crop" in augment else [0]
@@ -243,7 +224,6 @@ def test_a_checkpoint_has_a_name_of_its_own_for_all_that_shapes_it(parse, tiny_d
     def name(shared, data=tiny_data, seed=0, **changed):
         changed = Namespace(**vars(args) | changed)
         return linear_run(changed, data, seed, shared=shared).path.name
-
     shared = "model depth stem augment pad batch_size fp_epochs fp_lr fp_weight_decay fp_seed tf32"
     not_shaping = ("data_dir dataset train_size val device recipe bits method command resume "
                    "dry_run deterministic ablate diagnose controls")
@@ -257,41 +237,60 @@ def test_a_checkpoint_has_a_name_of_its_own_for_all_that_shapes_it(parse, tiny_d
         assert name(full, seed=1) != name(full) != name(full, data=load(train_size=64))
 
 
-def test_full_precision_is_trained_on_cross_entropy_once(parse, tiny_data, monkeypatch):
-    args, stream = parse("fpq", "--fp-seed", "1"), common.random_stream
-    grads = first_step(monkeypatch, common.full_precision, args, tiny_data)
+def test_full_precision_is_trained_on_cross_entropy_once(parse, tiny_data):
+    args, stream = parse("fpq", "--fp-seed 1"), common.random_stream
+    grads = first_step(common.full_precision, args, tiny_data)
     torch.manual_seed(stream("weights", 1))
     model = common.build_model("resnet8", 10)
     draws = torch.Generator().manual_seed(stream("full precision", "batches", 1, 0))
     images, labels = next(tiny_data.batches(32, draws))
     F.cross_entropy(model(images), labels).backward()
-    torch.testing.assert_close(grads, [p.grad for p in model.parameters()])
+    close(grads, [p.grad for p in model.parameters()])
     network, result = common.full_precision(args, tiny_data)
-    again, same = common.full_precision(parse("mec_quant", "--fp-seed", "1"), tiny_data)
-    assert same == result and not again.training  # as result holds the time it took
-    torch.testing.assert_close(network.state_dict(), again.state_dict(), **exactly)
+    again, read = common.full_precision(parse("mec_quant", "--fp-seed 1"), tiny_data)
+    assert read == result and not again.training  # as result holds the time it took
+    same(network.state_dict(), again.state_dict())
     assert (args.out / "results.jsonl").read_text().count("\n") == 1
 
 
+@pytest.mark.parametrize("script,flags,zero", [
+    ("fpq", "--p 1", {"sfp": "--p 0", "csd": "--csd-weight 0", "fpq": "--p 0 --csd-weight 0",
+                      "kd": "--kd-weight 0", "sam": "--sam-rho 0"}),
+    ("cr_qat", "--ramp-epochs 0", dict.fromkeys(("cr", "pi", "fp-teacher"), "--lambda-max 0")),
+    ("mec_quant", "--beta 2", dict.fromkeys(
+        ("mec", "mec-quant", "branch", "random", "kd"), "--beta 0 --kd-weight 0"))])
+def test_methods_differ_and_of_no_strength_are_the_baseline(script, flags, zero, parse, tiny_data):
+    """Bit for bit; none of them changes the full-precision network."""
+    def trained(method, flags):  # 4 steps, as CR's average differs from the student after two
+        args = parse(script, "--batch-size 16", flags)
+        return module.train(args, tiny_data, method, 0, network)[0].state_dict()
+    module, network = importlib.import_module(script), tiny_network()
+    methods = {method: trained(method, flags) for method in module.METHODS}
+    assert len({state["5.weight"].sum().item() for state in methods.values()}) == len(methods)
+    for method, off in zero.items():
+        same(trained(method, off), methods["baseline"])
+    same(network.state_dict(), tiny_network().state_dict())
+
+
 def test_fp_seed_same_trains_a_full_precision_network_for_each_seed(run, monkeypatch):
-    each = run("fpq", *SHAPES, "--train-size", "640", "--seed", "2", "1", "2",
-               "--method", "baseline", "--fp-seed", "same")
+    each = run("fpq", SHAPES, "--method baseline --train-size 640 --seed 2 1 2 --fp-seed same")
     assert [(r["method"], r["seed"], r["fp_seed"]) for r in each.results] == [
         ("fp", 2, 2), ("baseline", 2, 2), ("fp", 1, 1), ("baseline", 1, 1)]
     data = [r["data"] for r in each.results]  # the subset is the seed's, too
     assert data[0] == data[1] != data[2] and "one full-precision network" not in each.out
     loads, load_once = [], common.load_data
     monkeypatch.setattr(common, "load_data", lambda args: loads.append(1) or load_once(args))
-    shared = run("fpq", *SHAPES, "--seed", "2", "1", "--fp-seed", "3", "--method", "baseline")
+    shared = run("fpq", SHAPES, "--seed 2 1 --fp-seed 3 --method baseline")
     assert [r["fp_seed"] for r in shared.results[4:]] == [3] * 3 and len(loads) == 1
     assert "one full-precision network" in shared.out
 
 
 def test_depth_and_stem_reach_the_network_which_trains_at_a_resolution_of_1(run, monkeypatch):
-    build, asked, flags = common.build_model, [], "--model mobilenet_v2 --depth 2 --stem imagenet"
+    build, asked = common.build_model, []
     monkeypatch.setattr(common, "build_model", lambda *how: asked.append(how) or build(*how))
     for script, method in (("fpq", "baseline"), ("flat_quant", "sgd")):
-        done = run(script, *SHAPES, "--method", method, *flags.split())
+        done = run(script, SHAPES, "--model mobilenet_v2 --depth 2 --stem imagenet",
+                   "--method", method)
         assert done.code == 0 and np.isfinite([r["loss"] for r in done.results]).all()
     assert asked == [("mobilenet_v2", 10, 2, "imagenet")] * 2
 
@@ -299,7 +298,7 @@ def test_depth_and_stem_reach_the_network_which_trains_at_a_resolution_of_1(run,
 def test_precision_and_determinism_on_nvidia_gpus_are_asked_for(parse):
     cuda, cudnn = torch.backends.cuda, torch.backends.cudnn
     for on in (True, False):
-        parse("fpq", *["--tf32", "--deterministic"] * on)
+        parse("fpq", "--tf32 --deterministic" * on)
         assert (cuda.matmul.allow_tf32, cudnn.allow_tf32, cudnn.deterministic) == (on, on, on)
         assert cudnn.benchmark != on
 
@@ -310,7 +309,6 @@ def test_result_table_pairs_seeds():
         return {"method": method, "acc": acc, "seed": seed, "wbits": bits, "abits": bits,
                 "quantizer": "pact", "dataset": "d", "model": "m",
                 "train_size": 9, "augment": "flip", "split": "val", "fp_seed": 0}
-
     rows = [row("fp", 70.0, 0, 32), row("baseline", 80.0, 0), row("baseline", 82.0, 1),
             row("fpq", 83.0, 1), row("fpq", 80.5, 0), row("fpq", 90.0, 2), row("fpq", 99.0, 0, 4)]
     _, title, _, *lines, note = common.result_table(rows).split("\n")
@@ -327,12 +325,12 @@ def test_recipe_sets_what_no_flag_does_and_bits_win(parse, capsys):
             ("flat_quant", "--recipe paper --bits 3", 3, 3, 32, [0]),
             ("mec_quant", "--bits 3 --abits 1 --seed 4 4", 3, 1, 32, [4]),
             ("cr_qat", "--recipe paper", 2, 2, 32, [0])):
-        args = parse(script, *flags.split())
+        args = parse(script, flags)
         assert args.stem == ("imagenet" if script == "cr_qat" else "cifar")
         assert [args.wbits, args.abits, args.batch_size, args.seed] == expected
     out = capsys.readouterr().out
     assert "--recipe paper: --model resnet18" in out and "--wbits 3 --abits 3 --batch-size" in out
-    assert parse("fpq", "--recipe", "paper", "--dataset", "cifar100").stem == "cifar"
+    assert parse("fpq", "--recipe paper --dataset cifar100").stem == "cifar"
 
 
 def test_study_table_pairs_seeds_and_has_the_published_gain():
@@ -356,7 +354,6 @@ def test_the_readme_has_the_tables_of_the_committed_data():
 def test_out_of_memory_is_one_line_and_a_bug_a_traceback(capsys):
     def main():
         raise RuntimeError(text)
-
     for text, error in (("a bug", RuntimeError), ("can't allocate memory", SystemExit)):
         with pytest.raises(error, match="a bug|2"):
             common.entry(main)

@@ -10,9 +10,8 @@ import torch.nn.functional as F
 
 import common
 import cr_qat
-from conftest import first_step
-from test_fpq import (check_strengths, close, first_batch, gradients, record_forces, same,
-                      student_of, tiny_network)
+from conftest import (SHAPES, close, first_step, first_step_by_script, gradients, same, student_of,
+                      tiny_network)
 
 
 def test_consistency_is_kl_of_student_from_teacher_by_hand():
@@ -51,7 +50,7 @@ def test_average_closed_form_over_weights_batch_norm_and_step_sizes(calibrated):
 
 
 def test_average_is_updated_after_every_step_of_all_epochs(monkeypatch, parse, tiny_data):
-    args, calls = parse("cr_qat", "--ema", "0.6"), []
+    args, calls = parse("cr_qat", "--ema 0.6"), []
     args.epochs = 2
     monkeypatch.setattr(cr_qat, "ema_update", lambda *call: calls.append(call[2:]))
     cr_qat.train(args, tiny_data, "cr", 0, tiny_network())
@@ -77,10 +76,9 @@ def test_distort_adds_noise_or_shifts_colour_per_image():
 def test_views_are_of_all_but_the_baseline_which_has_augment(
         monkeypatch, parse, tiny_data, method, flags, views):
     asked, batches = [], common.Data.batches
-    monkeypatch.setattr(common.Data, "batches",
-                        lambda *how: asked.extend(how[3]) or batches(*how))
-    args = parse("cr_qat", *f"--augment none {flags}".split())
-    first_step(monkeypatch, cr_qat.train, args, tiny_data, method, 0, tiny_network())
+    monkeypatch.setattr(common.Data, "batches", lambda *how: asked.extend(how[3]) or batches(*how))
+    args = parse("cr_qat", "--augment none", flags)
+    first_step(cr_qat.train, args, tiny_data, method, 0, tiny_network())
     assert asked == views.split()
 
 
@@ -105,11 +103,10 @@ def test_hidden_labels_are_never_used(monkeypatch, run, tiny_data, tmp_path):
     monkeypatch.setattr(common, "split", lambda *_: [(~hidden).nonzero().flatten()])
     monkeypatch.setattr(common, "build_model", lambda *_: tiny_network())
     for add in (0, 1):
-        labels = (tiny_data.train_labels + add * hidden) % 10
-        data = replace(tiny_data, train_labels=labels)
+        data = replace(tiny_data, train_labels=(tiny_data.train_labels + add * hidden) % 10)
         monkeypatch.setattr(common, "load_data", lambda args: data)
-        done = run("cr_qat", "--dry-run", "--labels", "20", "--method", *cr_qat.METHODS,
-                   "--out", str(tmp_path / str(add)))
+        done = run("cr_qat", "--dry-run --labels 20 --method", *cr_qat.METHODS,
+                   "--out", tmp_path / str(add))
     rows = [(row["method"], row["train_size"], row["loss"]) for row in done.results]
     assert len(rows) == 12 and rows[:6] == rows[6:] and rows[0][:2] == ("fp", 20)
 
@@ -118,15 +115,13 @@ def test_hidden_labels_are_never_used(monkeypatch, run, tiny_data, tmp_path):
     ("baseline", ""), ("cr", "--lambda-max 40"), ("pi", ""), ("two-view", ""),
     ("cr", "--labels 20 --lambda-max 40 --temperature 2"), ("baseline", "--labels 20"),
     ("fp-teacher", "--ramp-epochs 0 --views crop+flip+noise crop+flip+colour")])
-def test_first_step_by_hand(monkeypatch, parse, tiny_data, method, flags):
+def test_first_step_by_hand(parse, tiny_data, method, flags):
     """The gradients of L = CE of labelled images + lambda L_con."""
-    args, data, network = parse("cr_qat", *flags.split()), tiny_data, tiny_network()
-    if args.labels:
-        data = cr_qat.hide_labels(tiny_data, 20, 0)[1]
-    seen = first_step(monkeypatch, cr_qat.train, args, data, method, 0, network)
-    student = student_of(network, data)
+    args = parse("cr_qat", flags)
+    data = cr_qat.hide_labels(tiny_data, 20, 0)[1] if args.labels else tiny_data
+    seen, network, student, (one, two, labels) = first_step_by_script(
+        cr_qat.train, args, data, method, "crop+flip", "crop+flip")
     teacher = network if method == "fp-teacher" else copy.deepcopy(student)
-    one, two, labels = first_batch(data, "crop+flip", "crop+flip")
     if args.views:
         one, two = map(cr_qat.distort, (one, two), args.views)
     if args.labels and method == "baseline":
@@ -140,11 +135,6 @@ def test_first_step_by_hand(monkeypatch, parse, tiny_data, method, flags):
         loss = loss + args.lambda_max * ramp * cr_qat.consistency_loss(
             logits, teacher(two), args.temperature)
     close(seen, gradients(student, loss), rtol=1e-4, atol=1e-6)
-
-
-def test_methods_of_no_strength_are_the_baseline_bit_for_bit(parse, tiny_data):
-    check_strengths(parse, tiny_data, "cr_qat", "--ramp-epochs 0", dict.fromkeys(
-        ("cr", "pi", "fp-teacher"), "--lambda-max 0"))
 
 
 def test_weight_bins_and_entropy_are_of_all_layers_but_first_and_last(tiny_data):
@@ -168,11 +158,9 @@ def test_sensitivity_grows_with_noise_and_leaves_no_hook(calibrated, tiny_data):
     assert of[0] == 0 < of[1]  # there are no weights
 
 
-def test_everything_as_a_user_runs_it(run, monkeypatch):
+def test_everything_as_a_user_runs_it(run, forces):
     """The printed force is that of each consistency term."""
-    forces = record_forces(monkeypatch)
-    flags = "--dry-run --dataset shapes --controls --diagnose --labels 20 --lambda-max 3000"
-    done = run("cr_qat", *flags.split(), "--ablate")
+    done = run("cr_qat", SHAPES, "--controls --diagnose --ablate --labels 20 --lambda-max 3000")
     own, views = done.results[:8], done.results[8::2]
     assert [row["method"] for row in own] == [
         "fp", "baseline", "baseline-ema", "two-view", "pi", "fp-teacher", "cr", "cr-ema"]
@@ -185,9 +173,8 @@ def test_everything_as_a_user_runs_it(run, monkeypatch):
 
 
 def test_controls_asked_for_on_resume_evaluate_the_same_average(run, tmp_path):
-    flags = "--dry-run", "--dataset", "shapes", "--out", str(tmp_path / "resumed")
-    run("cr_qat", *flags, "--method", "baseline")
-    run("cr_qat", *flags, "--resume", "--controls")
-    results = run("cr_qat", *flags[:-1], str(tmp_path / "fresh"), "--controls").results
+    for flags in ("--method baseline", "--resume --controls"):
+        run("cr_qat", SHAPES, flags)
+    results = run("cr_qat", SHAPES, "--controls --out", tmp_path / "fresh").results
     one, other = (row["loss"] for row in results if row["method"] == "baseline-ema")
     assert one == other

@@ -9,11 +9,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.optim.swa_utils import update_bn
 
 import common
 import flat_quant
-from common import SAM, weight_layers
+from conftest import close, same
 from flat_quant import ActivationNoise, DifferentialWeightNoise, quantization_error
 
 
@@ -32,13 +31,6 @@ def train(parse, tiny_data):
         vars(args).update({"ramp_epochs": 0} | settings)
         return flat_quant.train(args, tiny_data, method, 0)
     return trained
-
-
-def equal(some, others):
-    return all(torch.equal(a, b) for a, b in zip(some, others, strict=True))
-
-
-# -------------------------------------------------------------------------------------- the errors
 
 
 def test_decomposition_is_that_of_the_measured_error():
@@ -61,9 +53,6 @@ def test_kurtosis_of_known_numbers():
         assert flat_quant.excess_kurtosis(sample) == pytest.approx(kurtosis, abs=1e-3)
 
 
-# -------------------------------------------------------------------------------------- the noises
-
-
 @pytest.mark.parametrize("stop", [None, KeyboardInterrupt])
 def test_shifted_restores_bit_for_bit_and_keeps_a_step(stop):
     torch.manual_seed(0)
@@ -77,25 +66,25 @@ def test_shifted_restores_bit_for_bit_and_keeps_a_step(stop):
     assert torch.equal(w, before)
     with common.shifted([w], [n / 1e4]):
         w -= 0.5
-    torch.testing.assert_close(w, before - 0.5)
+    close(w, before - 0.5)
 
 
 def test_weight_statistics_are_those_of_the_current_weights(network):
     """Mean and deviation of dW per channel, against numpy; isotropic: its mean square over all."""
-    noise, same = (DifferentialWeightNoise(network, 3, isotropic) for isotropic in (False, True))
+    noise, isotropic = (DifferentialWeightNoise(network, 3, flat) for flat in (False, True))
     noise.measure()
-    same.measure()
+    isotropic.measure()
     errors = [quantization_error(w, common.Quantizer(bits, len(w))).flatten(1).detach().numpy()
               for w, bits in zip(noise.weights, [8] + [3] * 8 + [8])]
     power = np.mean(np.concatenate([e.ravel() for e in errors]) ** 2)
     for i, e in enumerate(errors):
         for found, value in ((noise.mean[i], e.mean(1)), (noise.std[i], e.std(1)),
-                             (same.mean[i], 0), (same.std[i], power ** 0.5)):
+                             (isotropic.mean[i], 0), (isotropic.std[i], power ** 0.5)):
             np.testing.assert_allclose(found.flatten(), value, rtol=1e-3, atol=1e-6)
     twice = [2 * s for s in noise.mean + noise.std]
     torch._foreach_mul_([w.detach() for w in noise.weights], 2)
     noise.measure()
-    assert equal(noise.mean + noise.std, twice)
+    same(noise.mean + noise.std, twice)
 
 
 def test_injected_weight_noise_is_fresh_and_has_the_measured_moments(network):
@@ -114,16 +103,16 @@ def test_injected_weight_noise_is_fresh_and_has_the_measured_moments(network):
 @pytest.mark.parametrize("network", ["resnet8", "vit_tiny"], indirect=True)
 def test_activation_noise_meets_a_share_of_each_layers_input(network, tiny_data):
     """x + M lambda (mu + sigma e), M ~ Bernoulli(rho), statistics of the inputs as in training."""
-    images, layers = tiny_data.sample(32)[0], list(weight_layers(network).values())
+    images, layers = tiny_data.sample(32)[0], list(common.weight_layers(network).values())
     noise, before = ActivationNoise(network, 3, 0.3, "lsq+"), copy.deepcopy(network.state_dict())
     noise.measure(3 * images)
     noise.measure(images)  # nothing is left of those before
-    assert equal(before.values(), network.state_dict().values())
+    same(network.state_dict(), before)
     clean = flat_quant.layer_inputs(network, images)
     for layer, x in zip(layers, clean, strict=True):
         bits = 8 if layer in (layers[0], layers[-1]) else 3
         error = quantization_error(x, common.LSQPlus(bits)).detach()
-        torch.testing.assert_close(noise.statistics[layer], (error.mean(), error.std(correction=0)))
+        close(noise.statistics[layer], (error.mean(), error.std(correction=0)))
     for i in (0, 3, -1):
         noise.statistics = {layer: (0, 0) for layer in layers} | {layers[i]: (4, 2)}
         with noise.injected(2.0):
@@ -131,8 +120,8 @@ def test_activation_noise_meets_a_share_of_each_layers_input(network, tiny_data)
         n = (seen[i] - clean[i])[seen[i] != clean[i]]
         found = [n.numel() / clean[i].numel(), n.mean().item(), n.std().item()]
         assert found == pytest.approx([0.3, 2 * 4, 2 * 2], rel=0.1)
-        assert equal(seen[:i], clean[:i])
-    assert equal(flat_quant.layer_inputs(network, images), clean)
+        same(seen[:i], clean[:i])
+    same(flat_quant.layer_inputs(network, images), clean)
 
 
 def test_salience_by_hand():
@@ -142,7 +131,7 @@ def test_salience_by_hand():
     expected = torch.tensor([[0.15, 0.3, 0.75], [1, 0, 0]])
     images = x[..., None, None] * torch.tensor([0.5, -1.5])[:, None]
     for features in (x, images, images[..., 0].transpose(1, 2)):
-        torch.testing.assert_close(noise.chance(features).reshape(2, 3), expected)
+        close(noise.chance(features).reshape(2, 3), expected)
     assert (noise.perturb(x, 1, 0, 1) != x)[1].tolist() == [True, False, False]
 
 
@@ -151,12 +140,9 @@ def test_sam_on_a_quadratic():
     model = nn.ParameterList([torch.tensor(3.0), torch.tensor(-4.0)])
     for w in model:
         w.grad = w.detach().clone()
-    with SAM(model, 0.5).ascended():
+    with common.SAM(model, 0.5).ascended():
         grads = [w.item() for w in model]
     assert grads == pytest.approx([3.3, -4.4]) and list(model) == [3, -4]
-
-
-# ------------------------------------------------------------------------------------ the training
 
 
 @pytest.mark.parametrize("method", ["weight", "additive", "sam"])
@@ -184,7 +170,7 @@ def test_rule_written_out(method, train, network, tiny_data, monkeypatch):
         else:
             torch._foreach_sub_(noisy, noise)
         optimizer.step()
-    torch.testing.assert_close([p + n for p, n in zip(found, previous)], noisy, rtol=0, atol=1e-3)
+    close([p + n for p, n in zip(found, previous)], noisy, rtol=0, atol=1e-3)
 
 
 @pytest.mark.parametrize("method, bits", [("wrong-bits", 5), ("isotropic", 3)])
@@ -208,43 +194,34 @@ def test_statistics_of_each_epoch_and_strength_of_each_step(method, bits, train,
 
 
 def test_strength_zero_is_plain_sgd_bit_for_bit(train):
-    plain = list(train("sgd")["sgd"][0].parameters())
+    plain = train("sgd")["sgd"][0].state_dict()
     for method, strength in (("weight+activation+sam", 0), ("additive", 0), ("activation", 1)):
         other, _ = train(method, noise_lambda=strength, sam_rho=0)[method]
-        assert equal(other.parameters(), plain) == (strength == 0)
+        with pytest.raises(AssertionError) if strength else nullcontext():
+            same(other.state_dict(), plain)
 
 
 def test_noise_while_the_weights_stay_leaves_no_trace(train, network, tiny_data):
-    """Evaluation, PTQ and Hessian meet clean weights, with batch norm estimated anew on them, in
-    the plain network and in the average."""
+    """Weights are clean, batch norm is estimated on them, in the plain network and the average."""
     draws = torch.Generator().manual_seed(common.random_stream("batch norm"))
-    update_bn(tiny_data.batches(32, draws), network)
+    common.update_bn(tiny_data.batches(32, draws), network)
     outcomes = train("weight+activation", noise_lambda=30, fp_lr=0.0)
     assert len(outcomes) == 2
     for model, result in outcomes.values():
-        assert equal(model.state_dict().values(), network.state_dict().values())
+        same(model.state_dict(), network.state_dict())
         assert (result["acc"], result["loss"]) == common.evaluate(network, tiny_data)
 
 
-def test_rate_is_held_while_swa_averages(train, monkeypatch):
-    rates, step = [], torch.optim.SGD.step
-    monkeypatch.setattr(torch.optim.SGD, "step", lambda optimizer: (
-        rates.append(optimizer.param_groups[1]["lr"]), step(optimizer)))
-    train("sgd", fp_epochs=8, swa_rate=0.2)
+def test_swa_averages_the_last_half_of_the_epochs_at_a_held_rate(train, tiny_data, monkeypatch):
+    seen, step = [], torch.optim.SGD.step
+    monkeypatch.setattr(torch.optim.SGD, "step", lambda optimizer: step(optimizer) or seen.append(
+        [1 * optimizer.param_groups[0]["params"][0], optimizer.param_groups[1]["lr"]]))
+    average, result = train("sgd", fp_epochs=8, swa_rate=0.2)["sgd+swa"]
+    weights, rates = zip(*seen)
     cosine = [common.cosine_lr(i, 8, 0.2, warmup=0.1) for i in range(8)]
     assert rates == pytest.approx([*cosine[:6], *[0.2 * 0.2] * 10])
-
-
-def test_average_is_that_of_the_last_half_of_the_epochs(train, tiny_data, monkeypatch):
-    seen, save = [], common.Run.save
-    monkeypatch.setattr(common.Run, "save", lambda run: (
-        seen.append(1 * run.parts["model"][0][0].weight), save(run)))
-    average, result = train("sgd", fp_epochs=4)["sgd+swa"]
-    torch.testing.assert_close(average[0][0].weight, sum(seen[2:4]) / 2)
+    close(average[0][0].weight, sum(weights[9::2]) / 4)
     assert (result["acc"], result["loss"]) == common.evaluate(average, tiny_data)
-
-
-# ---------------------------------------------------------------------------- PTQ, and the script
 
 
 def test_ptq_rounds_as_was_measured_and_fits_the_inputs_of_evaluation(parse, tiny_data, network):

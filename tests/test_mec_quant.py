@@ -1,7 +1,6 @@
 """MEC-Quant's coding lengths against closed forms, its first step by hand, a user's run."""
 
 import math
-import warnings
 
 import pytest
 import torch
@@ -9,62 +8,48 @@ import torch.nn.functional as F
 
 import fpq
 import mec_quant
-from conftest import first_step
+from conftest import SHAPES, close, first_step_by_script, gradients, normal
 from mec_quant import coding_length, moe_coding_length, normalized_rows, scale_gates
-from test_fpq import (check_strengths, close, first_batch, gradients, record_forces, student_of,
-                      tiny_network)
 
 
 def rows(m, d, seed=0):
     """m x d in float64, centred, of unit norm, with a gradient."""
-    draws = torch.Generator().manual_seed(seed)
-    z = torch.randn(m, d, dtype=torch.float64, generator=draws)
-    return normalized_rows(z).requires_grad_()
+    return normalized_rows(normal(m, d, seed=seed).double()).requires_grad_()
 
 
-def by_definition(z1, z2, gates, eps2, rowwise):
-    """L_moe in its d x d form, or the m x m form of the same determinants."""
+def by_definition(z1, z2, gates, eps2):
+    """L_moe in its d x d form, which has the determinants of the m x m form."""
     (m, d), total = z1.shape, 0
-    for pi in gates.T:
-        root, n = pi.sqrt()[:, None], pi.sum()
-        product = root * z1 @ z2.T * root.T if rowwise else z1.T @ (pi[:, None] * z2)
-        eye = torch.eye(len(product), dtype=torch.float64)
-        total = total + (m + d) / 2 * n / m * torch.logdet(eye + product / (n * eps2))
+    for pi, n in zip(gates.T, gates.sum(0)):
+        c = z1.T @ (pi[:, None] * z2) / (n * eps2)
+        total += (m + d) / 2 * n / m * torch.logdet(torch.eye(d).double() + c)
     return total
 
 
 @pytest.mark.parametrize("m,d", [(12, 5), (5, 12)])
 @pytest.mark.parametrize("two", [False, True])
-def test_lengths_equal_both_forms_of_the_definition_and_take_the_smaller(monkeypatch, m, d, two):
+def test_lengths_equal_the_definition_by_the_smaller_determinants(monkeypatch, m, d, two):
     """Value and gradient of L and L_moe, of one branch and two; with K = 1 L_moe is L."""
     z1, sizes, logdet = rows(m, d), [], mec_quant.logdet
-    monkeypatch.setattr(mec_quant, "logdet", lambda c, symmetric: sizes.append(c.shape[-1]) or
-                        logdet(c, symmetric))
+    monkeypatch.setattr(
+        mec_quant, "logdet", lambda c, one: sizes.append(c.shape[-1]) or logdet(c, one))
     other = (z1 + 0.3 * rows(m, d, 1)).detach().requires_grad_() if two else None
     z2, leaves = (other, (z1, other)) if two else (z1, (z1,))
     one, gates = torch.ones(m, 1).double(), rows(m, 3, 2).detach().softmax(1)
     for mine, pi in ((coding_length(z1, other, eps2=0.5), one),
                      (moe_coding_length(z1, one, eps2=0.5, z2=other), one),
                      (moe_coding_length(z1, gates, eps2=0.5, z2=other), gates)):
-        for rowwise in (False, True):
-            expected = by_definition(z1, z2, pi, 0.5, rowwise)
-            close(mine, expected)
-            close(*(torch.autograd.grad(length, leaves, retain_graph=True)
-                    for length in (mine, expected)))
+        expected = by_definition(z1, z2, pi, 0.5)
+        close(mine, expected)
+        close(*(torch.autograd.grad(x, leaves, retain_graph=True) for x in (mine, expected)))
     assert sizes == [5] * 3
+    assert two or mine < coding_length(z1, eps2=0.5)  # a mixture is a lower bound
 
 
-def test_mixture_of_several_experts_is_a_lower_bound():
-    for seed in range(5):
-        z, gates = rows(30, 4, seed), (3 * rows(30, 3, seed + 9)).softmax(1)
-        assert moe_coding_length(z, gates, eps2=0.5) < coding_length(z, eps2=0.5)
-
-
+@pytest.mark.filterwarnings("error")
 def test_series_by_hand_where_it_converges_and_the_exact_value_aloud_where_not():
     z = torch.full((20, 6), 6**-0.5, dtype=torch.float64)  # one direction: norm 1 / eps2
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        x, series = 1 / 1.01, coding_length(z, eps2=1.01, order=4)
+    x, series = 1 / 1.01, coding_length(z, eps2=1.01, order=4)
     assert series.item() == pytest.approx(26 / 2 * (x - x**2 / 2 + x**3 / 3 - x**4 / 4))
     with pytest.warns(UserWarning, match="diverges"):
         assert coding_length(z, eps2=0.5, order=4) == coding_length(z, eps2=0.5)
@@ -73,18 +58,15 @@ def test_series_by_hand_where_it_converges_and_the_exact_value_aloud_where_not()
     assert coding_length(math.nan * z, eps2=2.0, order=4).isnan()  # no error, but a loss of nan
 
 
-def test_length_is_greatest_if_spread_and_least_if_collapsed():
-    spread = torch.eye(6, dtype=torch.float64).repeat(2, 1)
+def test_longest_code_is_that_of_rows_spread_over_all_directions():
+    spread = torch.eye(6).double().repeat(2, 1)
     for z in (spread, spread[:4]):
         close(coding_length(z, eps2=0.5).item(), mec_quant.longest_code(*z.shape, 0.5))
-    collapsed = coding_length(spread[:1].expand(12, 6), eps2=0.5)
-    close(collapsed.item(), 18 / 2 * math.log(1 + 1 / 0.5))
 
 
 def test_normalized_rows_are_centred_first_and_then_of_unit_norm():
-    features = 3 * torch.rand(50, 8, dtype=torch.float64) + 5
-    close(normalized_rows(features), F.normalize(features - features.mean(0), dim=1),
-          rtol=1e-5, atol=0)
+    features = 3 * normal(50, 8).double() + 5
+    close(normalized_rows(features), F.normalize(features - features.mean(0)), rtol=1e-5, atol=0)
     tiny = torch.tensor([[1e-3, 0], [-1e-3, 0]], dtype=torch.float64)  # 1e-6 of eps: 1 / sqrt(2)
     assert normalized_rows(tiny)[0, 0].item() == pytest.approx(2**-0.5)
 
@@ -110,13 +92,11 @@ def test_gates_sum_to_one_and_follow_the_magnitude_before_normalisation():
     ("baseline", ""), ("mec", ""), ("mec", "--order 2 --eps2 2"), ("mec-quant", ""),
     ("mec-quant", "--branch teacher"), ("branch", ""), ("kd", "--kd-weight 0.7"),
     ("mec-quant", "--features quantized")])
-def test_first_step_by_hand(monkeypatch, parse, tiny_data, method, flags):
+def test_first_step_by_hand(parse, tiny_data, method, flags):
     """The gradients of CE - beta L / L_max or, with kd, of CE plus FPQ's distillation."""
-    args = parse("mec_quant", *f"--beta 5 --experts 2 --method {method} {flags}".split())
-    network = tiny_network()
-    seen = first_step(monkeypatch, mec_quant.train, args, tiny_data, method, 0, network)
-    student = student_of(network, tiny_data)
-    images, labels = first_batch(tiny_data, "crop+flip")
+    args = parse("mec_quant", "--beta 5 --experts 2 --method", method, flags)
+    seen, network, student, (images, labels) = first_step_by_script(
+        mec_quant.train, args, tiny_data, method, "crop+flip")
     features, other = student[:-1](images), normalized_rows(network[:-1](images)).detach()
     logits, loss = student[-1](features), 0
     if args.features == "quantized":
@@ -135,26 +115,19 @@ def test_first_step_by_hand(monkeypatch, parse, tiny_data, method, flags):
     close(seen, gradients(student, loss), rtol=1e-3, atol=1e-6)
 
 
-def test_methods_of_no_strength_are_the_baseline_bit_for_bit(parse, tiny_data):
-    check_strengths(parse, tiny_data, "mec_quant", "--beta 2", dict.fromkeys(
-        ("mec", "mec-quant", "branch", "random", "kd"), "--beta 0 --kd-weight 0"))
-
-
 def test_spectrum_and_series_errors_of_known_features(parse):
     spread = torch.cat([torch.eye(4), -torch.eye(4)])
     line = torch.linspace(-1, 1, 8)[:, None] * torch.ones(4)
     assert mec_quant.spectrum(spread, 0.5) == pytest.approx((1, 4, 0.25), rel=1e-3)
     assert mec_quant.spectrum(line, 0.5)[1:] == pytest.approx((1, 1), rel=1e-3)
-    norm, error, *_ = mec_quant.series_errors(parse("mec_quant", "--eps2", "0.5"), spread)
+    norm, error, *_ = mec_quant.series_errors(parse("mec_quant", "--eps2 0.5"), spread)
     assert norm == pytest.approx(0.5, rel=1e-3)  # 1 / (4 * 0.5), the fourfold eigenvalue
     assert error == pytest.approx((0.5 - 0.5**2 / 2) / math.log(1.5) - 1, rel=1e-2)
 
 
-def test_everything_as_a_user_runs_it(run, monkeypatch):
+def test_everything_as_a_user_runs_it(run, forces):
     """The printed force is that of each added term."""
-    forces = record_forces(monkeypatch)
-    flags = "--dry-run --dataset shapes --ablate --diagnose --wbits 4 --abits 1"
-    done = run("mec_quant", *flags.split())
+    done = run("mec_quant", SHAPES, "--ablate --diagnose --wbits 4 --abits 1")
     assert [(row["method"], row["wbits"], row["abits"]) for row in done.results] == [
         ("fp", 32, 32), *((method, 4, 1) for method in mec_quant.METHODS)]
     row = [f"{force:.4f}" for force in (0, *forces)]

@@ -24,11 +24,10 @@ import common
 import flat_quant
 from conftest import SHAPES
 
-SHORT = ["--batch-size", "8", "--fp-epochs", "2", "--epochs", "2", "--dataset", "folder"]
-FLAGS = {"fpq": ["--method", "fpq", "--p", "0.5"],
-         "cr_qat": ["--method", "cr", "--views", "crop+flip+noise"],
-         "mec_quant": ["--method", "mec-quant", "--branch", "teacher"],
-         "flat_quant": ["--method", "weight+activation", "--fp-epochs", "4"]}
+SHORT = "--batch-size 8 --fp-epochs 2 --epochs 2 --dataset folder --data-dir"
+FLAGS = {"fpq": "--method fpq --p 0.5", "cr_qat": "--method cr --views crop+flip+noise",
+         "mec_quant": "--method mec-quant --branch teacher",
+         "flat_quant": "--method weight+activation --fp-epochs 4"}
 TIMES = "seconds", "seconds_per_epoch", "command"
 PROCESSES = multiprocessing.get_context("forkserver")  # forks of one that has only imported
 PROCESSES.set_forkserver_preload(["torch._dynamo", "torchvision", "pytest"])
@@ -57,7 +56,6 @@ def child(argv: list[str], moment: tuple) -> None:
         replace(*paths)
         if moment == (number, "after"):
             os.kill(os.getpid(), signal.SIGKILL)
-
     torch.set_num_threads(1)
     common.sharpness, flat_quant.PTQ_BITS = lambda *_: (0.0, 0.0, 0.0), []
     os.replace, sys.argv, sys.stdout = replace_or_die, argv, io.StringIO()
@@ -66,7 +64,7 @@ def child(argv: list[str], moment: tuple) -> None:
 
 def drive(script: str, images: Path, out: Path, *flags: str, moment=None) -> int:
     """The exit code, -9 if killed; a moment that is a number kills after so many seconds."""
-    argv = [f"{script}.py", *SHORT, *FLAGS[script], "--data-dir", str(images), "--out", str(out)]
+    argv = [f"{script}.py", *SHORT.split(), str(images), *FLAGS[script].split(), "--out", str(out)]
     process = PROCESSES.Process(target=child, args=([*argv, *flags], moment))
     process.start()
     process.join(moment if isinstance(moment, float) else None)
@@ -133,7 +131,7 @@ def test_killed_at_a_checkpoint_and_resumed(script, images, undisturbed, tmp_pat
 def test_ctrl_c_is_one_line_and_keeps_the_epochs_before(run, images, tmp_path, monkeypatch):
     monkeypatch.setattr(common, "update_bn", lambda *_: signal.raise_signal(signal.SIGINT))
     previous = signal.signal(signal.SIGINT, signal.default_int_handler)
-    result = run("fpq", *SHORT, "--data-dir", str(images))
+    result = run("fpq", SHORT, images)
     signal.signal(signal.SIGINT, previous)
     assert_one_line(result, "interrupted; --resume goes on", 130)
     assert len(torch.load(next(tmp_path.glob("fp-*.pt")))["history"]) == 2
@@ -155,9 +153,8 @@ def test_damaged_checkpoints_are_refused_and_run_no_code(run, images, tmp_path, 
         file = io.BytesIO()
         torch.save(content, file)
         return file.getvalue()
-
     monkeypatch.chdir(tmp_path)
-    flags = [*SHORT, "--dry-run", "--method", "baseline", "--data-dir", str(images)]
+    flags = SHORT, images, "--dry-run --method baseline"
     assert run("fpq", *flags).code == 0
     for file in tmp_path.glob("*/*.pt"):
         whole, state = file.read_bytes(), torch.load(file)
@@ -175,11 +172,10 @@ def test_damaged_checkpoints_are_refused_and_run_no_code(run, images, tmp_path, 
 def test_full_disk_is_one_line_and_leaves_nothing_half_written(run, tmp_path):
     def disk_of(size):  # no file can grow beyond it
         resource.setrlimit(resource.RLIMIT_FSIZE, (size, limit))
-
     _, limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
         disk_of(100_000)
-        assert_one_line(run("fpq", *SHAPES), "File too large", out=tmp_path)
+        assert_one_line(run("fpq", SHAPES), "File too large", out=tmp_path)
         disk_of(30)
         common.record(tmp_path, {"first": 1})
         with pytest.raises(OSError, match="results.jsonl.* disk"):
@@ -190,16 +186,14 @@ def test_full_disk_is_one_line_and_leaves_nothing_half_written(run, tmp_path):
 
 
 BAD = dict(case.split() for case in """
-    --bits 9,  --wbits 2.5,  --abits 0,  --depth 49,  --pad 17,  --data-dir /nowhere,
-    --train-size 2,  --val 36,  --batch-size 1,  --epochs 0x10,  --fp-epochs 1e3,  --lr 0,
-    --fp-lr inf,  --weight-decay -1,  --fp-weight-decay 2,  --seed -1,  --fp-seed nan,
-    --out /dev/null/a,  --p 1.1,  --csd-weight nan,  --kd-temperature 0,  --kd-weight 1e999,
-    --labels 2,  --temperature 0,  --ema nan,  --lambda-max -1,  --ramp-epochs -inf,
-    --order 3,  --beta 1_,  --eps2 0,  --experts 65,  --rho 2,  --sam-rho -1,  --noise-lambda +,
-    --label-smoothing 2,  --noise-bits 1,  --mod resnet8""".split(","))
-MORE = {"fpq": [], "cr_qat": ["--views none flip none", "--labels 6 --batch-size 7"],
-        "mec_quant": ["--order 2 --method branch"],
-        "flat_quant": ["--method weight+isotropic", "--method +"]}
+    --bits 9, --wbits 2.5, --abits 0, --depth 49, --pad 17, --data-dir /nowhere, --train-size 2,
+    --val 36, --batch-size 1, --epochs 0x10, --fp-epochs 1e3, --lr 0, --fp-lr inf, --seed -1,
+    --weight-decay -1, --fp-weight-decay 2, --fp-seed nan, --out /dev/null/a, --p 1.1, --ema nan,
+    --csd-weight nan, --kd-temperature 0, --kd-weight 1e999, --labels 2, --temperature 0, --rho 2,
+    --lambda-max -1, --ramp-epochs -inf, --order 3, --beta 1_, --eps2 0, --experts 65, --sam-rho -1,
+    --noise-lambda +, --label-smoothing 2, --noise-bits 1, --mod resnet8""".split(","))
+MORE = {"cr_qat": ["--views none flip none", "--labels 6 --batch-size 7"], "fpq": [],
+        "flat_quant": ["--method +", "--method weight+isotropic"], "mec_quant": ["--order 2"]}
 
 
 @pytest.mark.parametrize("script", FLAGS)
@@ -207,7 +201,7 @@ def test_one_bad_value_per_flag_is_one_line_and_writes_nothing(script, run, imag
     """Flags that are not in BAD, those with choices, switches and --device, refuse "yes"."""
     flags = {"--mod", *re.findall(" (--[a-z0-9-]+)", run(script, "--help").out)} - {"--help"}
     for case in [*(f"{flag}={BAD.get(flag, 'yes')}" for flag in flags), *MORE[script]]:
-        result = run(script, *SHORT, "--dry-run", "--data-dir", str(images), *case.split())
+        result = run(script, SHORT, images, "--dry-run", case)
         flag, value = re.split("[= ]", case)[:2]
         assert_one_line(result, value if flag == "--out" else flag, out=tmp_path)
     assert len(flags) > 30
@@ -229,8 +223,7 @@ def of(kind, name="00.png"):
 def test_bad_folders_are_one_line(spoil, images, run, tmp_path):
     folder, out = shutil.copytree(images, tmp_path / "images"), tmp_path / "out"
     spoil(folder)
-    result = run("fpq", *SHORT, "--data-dir", str(folder), "--out", str(out))
-    assert_one_line(result, str(folder), out=out)
+    assert_one_line(run("fpq", SHORT, folder, "--out", out), str(folder), out=out)
 
 
 @pytest.mark.parametrize("script,flags", [
@@ -241,7 +234,7 @@ def test_equal_black_images_and_extreme_values_run(script, flags, images, run, t
     folder = shutil.copytree(images, tmp_path / "images")
     for file in folder.rglob("*.png"):
         Image.new("RGB", (32, 32)).save(file)
-    result = run(script, *SHORT, "--dry-run", "--data-dir", str(folder), *flags.split())
+    result = run(script, SHORT, folder, "--dry-run", flags)
     assert result.code == 0 and np.isfinite([r["loss"] for r in result.results]).all(), result
 
 
@@ -249,7 +242,7 @@ def test_equal_black_images_and_extreme_values_run(script, flags, images, run, t
     ("fpq", "--method fpq --lr 1000 --weight-decay 1 --epochs 9"),
     ("mec_quant", "--method mec --order 4 --lr 1000 --weight-decay 1 --diagnose --epochs 9")])
 def test_divergence_is_one_line_and_keeps_the_epochs_before(script, flags, images, run, tmp_path):
-    result = run(script, *SHORT, "--data-dir", str(images), *flags.split())
+    result = run(script, SHORT, images, flags)
     assert_one_line(result, "learning rate peaks at 1000, try a smaller one", 3)
     kept = torch.load(next(tmp_path.glob(f"{script}-*.pt")))
     assert f"not finite in epoch {len(kept['history']) + 1};" in result.err
