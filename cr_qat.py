@@ -35,12 +35,13 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 PAPER = {"model": "resnet18", "stem": "imagenet", "dataset": "cifar10", "batch_size": 256,
          "lr": 0.01, "epochs": 200, "weight_decay": 5e-4,
-         # So far the authors' protocol in their FPQ paper, whose stem we infer; then [choice]s.
+         # Above: the protocol of their FPQ paper (we infer the stem). Below: ours [choice].
          "lambda_max": 1.0, "ema": 0.999, "ramp_epochs": 5.0,  # after the mean teacher
          "fp_epochs": 200, "fp_lr": 0.1, "fp_weight_decay": 5e-4, "pad": 4}
 
-# Source of the target for the second view: none, its label, the student's own weights (the
-# Pi-model; no gradient flows there [choice]), the full-precision network, the student's average.
+# Source of the target for the second view: none; its label, which tells what more augmentation
+# gives; the student's own weights (the Pi-model; no gradient flows there [choice]); the
+# full-precision network; the student's average.
 METHODS = {"baseline": None, "two-view": "label", "pi": "student", "fp-teacher": "full precision",
            "cr": "average"}
 VIEWS = ["none", "flip", "crop+flip", "crop+flip+noise", "crop+flip+colour"]
@@ -78,8 +79,8 @@ def parse_args() -> Namespace:
 
 def consistency_loss(student_logits: Tensor, teacher_logits: Tensor,
                      temperature: float = 1.0) -> Tensor:
-    """L_con, mean over the batch of the Kullback-Leibler divergence of the student's prediction
-    from the teacher's; no gradient goes to the teacher. Direction and temperature t are [choice]s.
+    """L_con, mean over the batch of the Kullback-Leibler divergence KL(teacher || student) of the
+    predictions; no gradient goes to the teacher. Direction and temperature t are [choice]s.
 
         t^2 KL(p_T || p_S),  KL = sum_c p_T(c) (log p_T(c) - log p_S(c)),  p = softmax(logits / t)
 
@@ -98,8 +99,8 @@ def ramp_up(t: float, T: float) -> float:
 @torch.no_grad()
 def ema_update(teacher: nn.Module, student: nn.Module, updates: int, alpha: float) -> None:
     """theta_T <- a theta_T + (1 - a) theta_S, a = min(1 - 1 / (updates + 1), alpha), in place, over
-    weights, scales and shifts of batch norm, and step sizes; zero points are fixed. It is a plain
-    mean at first, which soon forgets the start. `updates` counts those before this one."""
+    weights, scales and shifts of batch norm, and step sizes; zero points are fixed. At first
+    it is the plain mean of the students so far. `updates` counts those before this one."""
     a = min(1 - 1 / (updates + 1), alpha)
     get_ema_multi_avg_fn(a)(list(teacher.parameters()), list(student.parameters()), None)
 
@@ -119,7 +120,7 @@ class PartlyLabelled(Data):
     """Data some of whose training labels are -100, which torch's cross-entropy ignores."""
 
     def steps(self, batch_size: int) -> int:
-        """An epoch is one pass over the labelled images [choice], as in full precision."""
+        """An epoch is one pass over the labelled images [choice], a quarter of each batch."""
         return max(1, len(self.labelled.train_labels) // max(1, batch_size // 4))
 
     def order(self, batch_size: int, draws: torch.Generator) -> Tensor:
@@ -159,7 +160,7 @@ def train(args: Namespace, data: Data, method: str, seed: int, network: nn.Modul
     """(student, results, history) of a method, from the full-precision `network` on."""
     student, by = quantize(network, args.wbits, args.abits, args.quantizer), METHODS[method]
     calibrate(student, data.sample(100)[0])
-    average = copy.deepcopy(student)  # in training mode: it normalises by its own batches [choice]
+    average = copy.deepcopy(student)
     teacher = network if by == "full precision" else average
     optimizer = sgd(student, args.lr, args.weight_decay)
     run = Run(args, data, name or method, seed, args.epochs, model=student, optimizer=optimizer,
@@ -170,7 +171,7 @@ def train(args: Namespace, data: Data, method: str, seed: int, network: nn.Modul
     alpha = 0 if by == "student" else args.ema  # 0: a copy of the student
 
     for epoch in run.epochs():
-        average.train()
+        average.train()  # it normalises by its own batches [choice]
         for i, (*images, labels) in enumerate(run.batches(tuple(views))):
             images = [distort(image, view) for image, view in zip(images, views)]
             if args.labels and not consistent:  # without the term unlabelled images teach nothing
@@ -261,8 +262,8 @@ def diagnose(data: Data, trained: dict[str, tuple]) -> None:
             print_row(sigma, *(f"{acc:.2f} | {kl:.4f}" for acc, kl in cells))
     print("\nentropy of the quantized weights, bits")
     print_row("", *(f"{weight_entropy(model):.4f}" for model in models))
-    print("\nby epoch: weights that change their integer in a step, % | Hessian trace; force of the"
-          "\nconsistency term, |its gradient| / |that of the cross-entropy|")
+    print("\nby epoch: weights that change their integer in a step, % | Hessian trace; first step's"
+          "\nforce of the consistency term, |its gradient| / |that of the cross-entropy|")
     print_row("epoch", *trained)
     for row in zip(*(history for *_, history in trained.values())):
         print_row(row[0]["epoch"], *(

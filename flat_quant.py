@@ -15,9 +15,9 @@ our own decisions are marked [choice].
     symbol                                                                            from
     dW, dx                 quantization_error(t, quantizer)                           authors
     W dx, dW x, the rest   error_decomposition(layer, x): AQE, WQE, cross             authors
-    n_t = l (mu + s e)     DifferentialWeightNoise.injected(l)                        authors
-    x + M l (mu + s e)     ActivationNoise, M ~ Bernoulli(P), P by --rho and --mask   authors
-    rho g / |g|            common.SAM.ascended (Foret et al. 2021)                    ancestor
+    n_t                    DifferentialWeightNoise.injected                           authors
+    x + M n                ActivationNoise, M ~ Bernoulli(P), P by --rho and --mask   authors
+    r g / |g|              common.SAM.ascended (Foret et al. 2021), r by --sam-rho    ancestor
     lambda, its ramp       --noise-lambda, --ramp-epochs                              authors
 
     python flat_quant.py --bits 4                      plain and flat network, before and after PTQ
@@ -39,7 +39,7 @@ from torch.optim.swa_utils import AveragedModel
 PAPER = {"model": "resnet18", "dataset": "cifar100", "wbits": 2, "abits": 4, "batch_size": 256,
          "fp_lr": 0.015, "fp_weight_decay": 5e-4, "fp_epochs": 120, "ramp_epochs": 20.0, "pad": 4,
          "label_smoothing": 0.1, "swa_rate": 0.01}
-# These are the authors', but for a cosine that ends where the rate is held, and its rise [choice].
+# The authors' values. The cosine down to the held rate and the warm-up are ours [choice].
 
 # sgd is the plain network; the weight noises are told apart in `train`.
 WEIGHT_NOISES = ["weight", "additive", "isotropic", "wrong-bits"]
@@ -126,8 +126,8 @@ def layer_bits(model: nn.Module, bits: int) -> list[int]:
 def measure(args: Namespace, data: Data, network: nn.Module) -> None:
     """Print the decomposition per layer, and how far the errors are from independent Gaussians."""
     images, quantized = data.sample(100)[0], ptq(args, data, network, args.wbits, args.abits)
-    print(f"\nerrors at W{args.wbits}A{args.abits} relative to ||W x||^2, and their shape (a "
-          "Gaussian has kurtosis 0; independence has correlation 0)")
+    print(f"\nerrors at W{args.wbits}A{args.abits} relative to ||W x||^2, and their shape "
+          "(Gaussian: excess kurtosis 0; independent: correlation 0)")
     print_row("AQE", "WQE", "cross", "total", "kurtosis dW", "kurtosis dx", "corr(dW, W)", "layer")
     for (name, layer), x in zip(weight_layers(quantized).items(), layer_inputs(network, images)):
         w, dw = layer.weight, layer.weight_quantizer(layer.weight) - layer.weight
@@ -162,13 +162,13 @@ class DifferentialWeightNoise:
         shapes = [[-1] + [1] * (w.dim() - 1) for w in self.weights]
         self.mean = [e.mean(1).reshape(shape) for e, shape in zip(errors, shapes)]
         self.std = [e.std(1, correction=0).reshape(shape) for e, shape in zip(errors, shapes)]
-        if self.isotropic:  # the root of the mean square, so that the sum over all weights stays
+        if self.isotropic:  # the root of the mean square, so the sum of squares stays
             std = (sum(e.square().sum() for e in errors) / sum(e.numel() for e in errors)).sqrt()
             self.mean = [torch.zeros_like(m) for m in self.mean]
             self.std = [std.expand_as(s) for s in self.std]
 
     def injected(self, strength: float):
-        """A context: weights w + n within, n fresh, and w after it."""
+        """A context: weights w + n within, n fresh; after it w, and any step taken stays."""
         noises = [torch.randn_like(w).mul_(std).add_(mean).mul_(strength)
                   for w, mean, std in zip(self.weights, self.mean, self.std)]
         return shifted(self.weights, noises)
@@ -192,7 +192,7 @@ class ActivationNoise:
     @torch.no_grad()
     def measure(self, images: Tensor) -> None:
         """Set .statistics, {layer: (mean, std)}, from `images`, at the start of an epoch. Batch
-        norm normalises by them: its running statistics are those of the noisy network."""
+        norm takes these images' statistics, as its running ones are of the noisy network."""
         inputs = layer_inputs(copy.deepcopy(self.model).train(), images)
         errors = [quantization_error(x, self.quantizer(bits)) for x, bits in zip(inputs, self.bits)]
         self.statistics = {layer: (e.mean(), e.std(correction=0)) for layer, e in zip(
@@ -232,11 +232,10 @@ def train(args: Namespace, data: Data, method: str, seed: int) -> dict[str, tupl
     """One training run from scratch, as {method: (network, result), method+swa: ...}: averaging
     does not touch training, so one run gives both.
 
-    Three injections, of which the first two are built. Differential, "weight": n_t is taken out
-    after the step, whose weight decay and momentum see w + n_t. "additive" [choice]: before the
-    step, where the decay sees w; nothing else differs, so nor should the result, but by chance. A
-    zero-mean pair: two passes, at w + n and w - n, one step. "isotropic" and "wrong-bits" are
-    differential controls, of another shape and of another size.
+    Three injections, of which the first two are built. Differential, "weight": n_t leaves after the
+    step, so weight decay sees w + n_t. "additive" [choice]: n_t leaves before it, so decay sees w;
+    we expect no difference beyond chance. A zero-mean pair: two passes, at w + n and w - n, for one
+    step. "isotropic" and "wrong-bits" are differential controls, of another shape and size.
     """
     parts, on_weights, on_activations = method.split("+"), None, None
     torch.manual_seed(common.random_stream("weights", seed))
@@ -347,7 +346,7 @@ def main() -> None:
                 for network, result in networks.values()]
         results += [r for result, after in last for r in (result, *after)]
     print(ptq_table(results))
-    print(f"\nflatness, last seed; drop in % by PTQ at W{args.wbits}A{args.abits}")
+    print(f"\nflatness, last seed; drop in points by PTQ at W{args.wbits}A{args.abits}")
     print_row("method", "drop", *FLATNESS)
     for before, (after, *_) in last:
         print_row(before["method"], *(f"{v:.2f}" for v in (

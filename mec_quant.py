@@ -2,9 +2,9 @@
 Extremely Low Bit Quantization-Aware Training", arXiv 2509.15514.
 
 The idea. Few bits bias what a network represents. So MEC-Quant keeps the features rich while the
-network learns the labels. The entropy of the features is measured by the number of bits that a
-lossy code for them needs. Long-tailed features share the code as a mixture of experts, which we
-take to be scales [choice]. Training minimises the cross-entropy less the length of the code.
+network learns the labels. It measures the features' entropy by the length of a lossy code for them.
+Experts share the code of long-tailed features; ours each take a range of magnitudes [choice].
+Training minimises the cross-entropy minus the length of the code.
 
 Only the abstract and summaries of the paper were at hand. Coding length and series are those of its
 ancestors (Ma et al. 2007; MEC, Liu et al. 2022); the mixture is rebuilt on MCR^2 (Yu et al. 2020).
@@ -13,7 +13,7 @@ ancestors (Ma et al. 2007; MEC, Liu et al. 2022); the mixture is rebuilt on MCR^
     Z: m x d              normalized_rows(features), m images, d features               [choice]
     eps_d^2, lambda       --eps2; 1 / (m eps_d^2)                                       ancestor
     L(Z), L(Z1, Z2)       coding_length(z1, z2), exact or series of even order          ancestor
-    pi_kj                 scale_gates(magnitudes, K), m x K, rows sum to 1              [choice]
+    pi_jk                 scale_gates(magnitudes, K), m x K, rows sum to 1              [choice]
     L_moe                 moe_coding_length(z, gates)                                   [choice]
     CE - beta L / L_max   train(), longest_code(m, d) normalises                        [choice]
 
@@ -36,7 +36,7 @@ from torch import Tensor, nn
 
 PAPER = {"model": "resnet18", "stem": "imagenet", "dataset": "cifar10", "batch_size": 256,
          "lr": 0.01, "epochs": 200, "weight_decay": 5e-4,
-         # So far the authors' protocol in their FPQ paper, whose stem we infer; then [choice]s.
+         # Above: the protocol of their FPQ paper (we infer the stem). Below: ours [choice].
          "fp_epochs": 200, "fp_lr": 0.1, "fp_weight_decay": 5e-4, "pad": 4}
 
 # The gates of the mixture (None: no coding length), and whether --branch is exchanged.
@@ -72,7 +72,7 @@ def parse_args() -> Namespace:
     args = common.parse(parser, PAPER)
     args.method = list(METHODS if args.ablate else dict.fromkeys(args.method))
     if args.order and "mec" not in args.method:
-        parser.error("--order is of the series that --method mec takes; name mec, or leave it away")
+        parser.error("only --method mec takes --order; name mec, or leave --order out")
     return args
 
 
@@ -112,9 +112,9 @@ def coding_length(z1: Tensor, z2: Tensor | None = None, *, eps2: float,
 
         L = mu log det(I + lambda Z1^T Z2),  mu = (m + d) / 2,  lambda = 1 / (m eps_d^2)
 
-    The m x m form, I + lambda Z1 Z2^T, has the same determinant; the smaller one is taken. `order`
-    (even) takes the ancestor's series, unless it would diverge: then, with a warning, the exact
-    value, the default [choice]. That check waits for the device. ValueError for an odd order.
+    The m x m form, I + lambda Z1 Z2^T, has the same determinant; the smaller one is taken. The
+    default is exact. An even `order` takes the ancestor's series; where that diverges, it warns and
+    stays exact [choice], a check that waits for the device. An odd order raises ValueError.
     """
     m, d = z1.shape
     a, b = (z1, z1 if z2 is None else z2) if m <= d else (z1.T, (z1 if z2 is None else z2).T)
@@ -141,11 +141,11 @@ def moe_coding_length(z: Tensor, gates: Tensor, *, eps2: float, z2: Tensor | Non
     """L_moe: each expert k codes its share of the rows; gates pi (m x K, rows sum to 1).
 
         L_moe = (m + d) / 2 sum_k n_k / m log det(I + 1 / (n_k eps_d^2) Z^T diag(pi_k) Z2)
-        n_k = sum_j pi_kj
+        n_k = sum_j pi_jk
 
     One expert gives L(Z). With one branch, more give a lower bound of it, as log det is concave, so
     maximising it is safe. That is why the weights are mu n_k / m [choice]: (n_k + d) / 2, which K
-    separate codes would cost, adds up to more than L(Z). The bits that name the expert are left
+    separate codes would cost, can exceed L(Z). The bits that name the expert are left
     out, as the gates are constants. The K matrices are d x d or, if smaller, m x m.
     """
     m, d = z.shape
@@ -157,8 +157,8 @@ def moe_coding_length(z: Tensor, gates: Tensor, *, eps2: float, z2: Tensor | Non
 
 
 def scale_gates(magnitudes: Tensor, experts: int) -> Tensor:
-    """pi: m x K, softly by log-magnitude. A long tail is a mixture of scales: expert k is a
-    Gaussian at the (k + 1/2) / K quantile of the batch, 1 / K of its deviation wide [choice].
+    """pi: m x K, from Gaussians over the log-magnitudes, as a long tail is a mixture of scales;
+    expert k has its own at their (k + 1/2) / K quantile, of width std / K [choice].
     magnitudes: m, norms of the features before they are normalised. No gradient."""
     scale = magnitudes.detach().clamp_min(common.TINY).log()
     levels = (torch.arange(experts, device=scale.device, dtype=scale.dtype) + 0.5) / experts
@@ -172,7 +172,7 @@ def random_gates(magnitudes: Tensor, experts: int) -> Tensor:
 
 
 def longest_code(m: int, d: int, eps2: float) -> float:
-    """L_max: L(Z) of m unit rows that spread equally over all r directions there are."""
+    """L_max: L(Z) of m unit rows spread over all r directions. It makes beta fit any m, d, eps_d^2."""
     r = min(m, d)
     return (m + d) / 2 * r * math.log(1 + 1 / (r * eps2))
 
@@ -197,7 +197,7 @@ def kd_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float =
 
 @contextmanager
 def penultimate(model: nn.Module, features: str = "float") -> Iterator[list[Tensor]]:
-    """Within, a list that the last layer's inputs, the pooled features N x d, are appended to."""
+    """A list; within, each pass appends the last layer's input, N x d: in ResNets pooled."""
     def keep(layer, inputs):
         found.append(layer.input_quantizer(*inputs) if features == "quantized" else inputs[0])
 
@@ -267,7 +267,7 @@ def series_errors(args: Namespace, features: Tensor) -> tuple[float, ...]:
 
 def spectrum(features: Tensor, eps2: float) -> tuple[float, float, float]:
     """(L / L_max, effective rank, energy share of the top direction) of the normalised features;
-    the effective rank is exp of the entropy of the energies' shares (Roy & Vetterli 2007)."""
+    the effective rank is exp of the entropy of the energies' shares (after Roy & Vetterli 2007)."""
     z = normalized_rows(features)
     energy = torch.linalg.svdvals(z).square()
     share = energy / energy.sum().clamp_min(common.TINY)
@@ -285,7 +285,7 @@ def diagnose(args: Namespace, data: Data, network: nn.Module, trained: dict) -> 
     for name, f in features.items():
         length, rank, top = spectrum(f, args.eps2)
         print_row(name, f"{length:.4f}", f"{rank:.2f}", f"{100 * top:.1f} %")
-    print("\nforce of the added term by epoch, |its gradient| / |that of the cross-entropy|")
+    print("\nforce of the term in an epoch's first step, |its gradient| / |the cross-entropy's|")
     print_row("epoch", *trained)
     for row in zip(*(history for *_, history in trained.values())):
         print_row(row[0]["epoch"], *(f"{h.get('force', 0):.4f}" for h in row))
@@ -296,7 +296,7 @@ def diagnose(args: Namespace, data: Data, network: nn.Module, trained: dict) -> 
             print_row(row["epoch"], *(f"{e:+.4f}" for e in row["series"]))
     magnitudes = features[last].norm(dim=1)
     gates = scale_gates(magnitudes, args.experts)
-    print(f"\nexperts of {last}: share of the mass, magnitudes of the rows that are mostly theirs")
+    print(f"\nscale gates on {last}: mean gate, magnitudes of the rows where it is the largest")
     for k in range(args.experts):
         own = magnitudes[gates.argmax(1) == k]
         span = f"{own.min():.3f} to {own.max():.3f}" if len(own) else "none"
