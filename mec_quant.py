@@ -172,7 +172,7 @@ def random_gates(magnitudes: Tensor, experts: int) -> Tensor:
 
 
 def longest_code(m: int, d: int, eps2: float) -> float:
-    """L_max: L(Z) of m unit rows spread over all r directions. It makes beta fit any m, d, eps_d^2."""
+    """L_max: L(Z) of m unit rows spread over all r directions; beta then fits any m and d."""
     r = min(m, d)
     return (m + d) / 2 * r * math.log(1 + 1 / (r * eps2))
 
