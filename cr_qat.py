@@ -99,8 +99,8 @@ def ramp_up(t: float, T: float) -> float:
 @torch.no_grad()
 def ema_update(teacher: nn.Module, student: nn.Module, updates: int, alpha: float) -> None:
     """theta_T <- a theta_T + (1 - a) theta_S, a = min(1 - 1 / (updates + 1), alpha), in place, over
-    weights, scales and shifts of batch norm, and step sizes; zero points are fixed. At first
-    it is the plain mean of the students so far. `updates` counts those before this one."""
+    weights, scales and shifts of batch norm, and step sizes; zero points are fixed. At first it
+    is the plain mean of the students so far. `updates` counts those before this one."""
     a = min(1 - 1 / (updates + 1), alpha)
     get_ema_multi_avg_fn(a)(list(teacher.parameters()), list(student.parameters()), None)
 

@@ -26,8 +26,7 @@ our own decisions are marked [choice].
 
 import copy
 from argparse import Namespace
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 
 import common
 import torch
@@ -251,7 +250,6 @@ def train(args: Namespace, data: Data, method: str, seed: int) -> dict[str, tupl
                                          args.mask)
     run = Run(args, data, method, seed, args.fp_epochs, warmup=0.1, model=model,
               optimizer=optimizer, average=average)
-
     half, steps = args.fp_epochs // 2, data.steps(args.batch_size)
 
     def backward(images, labels):

@@ -133,4 +133,5 @@ def test_everything_as_a_user_runs_it(run, forces):
     row = [f"{force:.4f}" for force in (0, *forces)]
     assert ["1", *row] in map(str.split, done.out.splitlines()) and "nan" not in done.out
     assert len({*row}) == 6
-    assert all(words in done.out for words in ("effective rank", "series of", "scale gates on"))
+    assert all(words in done.out for words in (
+        "effective rank", "epoch, mec-quant: spectral", "scale gates on"))
