@@ -69,8 +69,9 @@ def test_shifted_restores_bit_for_bit_and_keeps_a_step(stop):
     close(w, before - 0.5)
 
 
-def test_weight_statistics_are_those_of_the_current_weights(network):
-    """Mean and deviation of dW per channel, against numpy; isotropic: its mean square over all."""
+def test_weight_noise_is_fresh_and_has_the_statistics_of_the_current_weights(network):
+    """n_t = lambda (mu + sigma e), mu and sigma those of dW per channel, against numpy; isotropic:
+    its mean square over all."""
     noise, isotropic = (DifferentialWeightNoise(network, 3, flat) for flat in (False, True))
     noise.measure()
     isotropic.measure()
@@ -85,12 +86,7 @@ def test_weight_statistics_are_those_of_the_current_weights(network):
     torch._foreach_mul_([w.detach() for w in noise.weights], 2)
     noise.measure()
     same(noise.mean + noise.std, twice)
-
-
-def test_injected_weight_noise_is_fresh_and_has_the_measured_moments(network):
-    """n_t = lambda (mu + sigma e)."""
-    noise, drawn = DifferentialWeightNoise(network, 3), []
-    noise.mean, noise.std = [0.5] * 10, [4.0] * 10
+    noise.mean, noise.std, drawn = [0.5] * 10, [4.0] * 10, []
     torch._foreach_zero_([w.detach() for w in noise.weights])
     for _ in range(2):
         with noise.injected(0.5):
@@ -148,12 +144,15 @@ def test_sam_on_a_quadratic():
 @pytest.mark.parametrize("method", ["weight", "additive", "sam"])
 def test_rule_written_out(method, train, network, tiny_data, monkeypatch):
     """weight: W <- W + n_t - n_(t-1), and SGD's gradient, decay and momentum act on W = w + n_t.
-    The others: they act on w, only the gradient is taken at w + n; sam: n = rho g / |g|."""
+    The others: they act on w, only the gradient is taken at w + n; sam: n = rho g / |g|. The average
+    over one epoch is of weights without noise."""
     noises, shifted = [], common.shifted
     for module in (common, flat_quant):
         monkeypatch.setattr(module, "shifted", lambda params, shifts: (
             noises.append(shifts) or shifted(params, shifts)))
-    trained, _ = train(method, batch_size=16, fp_weight_decay=0.5, label_smoothing=0.2)[method]
+    (trained, _), (average, _) = train(
+        method, batch_size=16, fp_weight_decay=0.5, label_smoothing=0.2).values()
+    same(average.state_dict(), trained.state_dict())
     noisy, found = ([p.detach() for p in model.parameters() if method == "sam" or p.dim() > 1]
                     for model in (network, trained))
     previous = [torch.zeros_like(p) for p in noisy]
@@ -199,17 +198,6 @@ def test_strength_zero_is_plain_sgd_bit_for_bit(train):
         other, _ = train(method, noise_lambda=strength, sam_rho=0)[method]
         with pytest.raises(AssertionError) if strength else nullcontext():
             same(other.state_dict(), plain)
-
-
-def test_noise_while_the_weights_stay_leaves_no_trace(train, network, tiny_data):
-    """Weights are clean, batch norm is estimated on them, in the plain network and the average."""
-    draws = torch.Generator().manual_seed(common.random_stream("batch norm"))
-    common.update_bn(tiny_data.batches(32, draws), network)
-    outcomes = train("weight+activation", noise_lambda=30, fp_lr=0.0)
-    assert len(outcomes) == 2
-    for model, result in outcomes.values():
-        same(model.state_dict(), network.state_dict())
-        assert (result["acc"], result["loss"]) == common.evaluate(network, tiny_data)
 
 
 def test_swa_averages_the_last_half_of_the_epochs_at_a_held_rate(train, tiny_data, monkeypatch):
