@@ -102,27 +102,20 @@ def assert_equal_runs(*outs: Path) -> None:
     assert [name for name in one if one[name] != other[name]] == []
 
 
-@pytest.mark.parametrize("script,kills", [
-    ("fpq", 2), ("cr_qat", 2), ("mec_quant", 1), ("flat_quant", 1),
-    *(pytest.param(script, 10, marks=pytest.mark.kills) for script in FLAGS)])
-def test_killed_and_resumed_ends_as_undisturbed(script, kills, images, undisturbed, tmp_path):
-    (whole, seconds), rng, codes = undisturbed[script], random.Random(script), []
-    while codes.count(-9) < kills:
-        out = tmp_path / str(len(codes))
-        for _ in range(min(3, kills - codes.count(-9))):
-            moment = rng.uniform(0.05, 0.9) * seconds
-            codes.append(drive(script, images, out, "--resume", moment=moment))
-        assert set(codes) <= {0, -9} and drive(script, images, out, "--resume") == 0
-        assert_equal_runs(whole, out)
-
-
-@pytest.mark.parametrize("script", ["cr_qat", "flat_quant"])
-def test_killed_at_a_checkpoint_and_resumed(script, images, undisturbed, tmp_path):
-    """The last kill is between checkpoint and result. A finished run resumed changes nothing."""
-    for moment in ((1, "before"), (2, "after"), (2, "before"), (3, "after")):
-        assert drive(script, images, tmp_path, "--resume", moment=moment) == -9
+@pytest.mark.parametrize("script", FLAGS)
+@pytest.mark.parametrize("seed", [
+    0, *(pytest.param(seed, marks=pytest.mark.kills) for seed in range(1, 11))])
+def test_killed_and_resumed_ends_as_undisturbed(seed, script, images, undisturbed, tmp_path):
+    """Killed at checkpoints, the last time between checkpoint and result, or, if there is a seed,
+    at a random moment. A finished run resumed changes nothing."""
+    whole, seconds = undisturbed[script]
+    moments, codes = [(1, "before"), (2, "after"), (2, "before"), (3, "after")], {-9}
+    if seed:  # by chance too late
+        moments, codes = [random.Random(seed).uniform(0.05, 0.9) * seconds], {-9, 0}
+    for moment in moments:
+        assert drive(script, images, tmp_path, "--resume", moment=moment) in codes
     assert drive(script, images, tmp_path, "--resume") == 0
-    assert_equal_runs(undisturbed[script][0], tmp_path)
+    assert_equal_runs(whole, tmp_path)
     before = {p: p.read_bytes() for p in tmp_path.iterdir()}
     assert drive(script, images, tmp_path, "--resume") == 0
     assert before == {p: p.read_bytes() for p in tmp_path.iterdir()}
