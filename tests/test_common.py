@@ -194,11 +194,13 @@ def test_progress_is_for_a_terminal_only(terminal, parse, tiny_data, capsys, mon
 
 
 @pytest.mark.parametrize("script,augment,pad,more", [
-    ("fpq", "none", 2, ""), ("cr_qat", "flip", 5, "--controls"), ("mec_quant", "crop+flip", 1, ""),
-    ("flat_quant", "crop+flip", 0, "--method sgd")])
-def test_augmentation_and_batch_norm_of_all_results(script, augment, pad, more, run, monkeypatch):
+    ("fpq", "none", 2, "--model mobilenet_v2"), ("cr_qat", "flip", 5, "--controls"),
+    ("mec_quant", "crop+flip", 1, ""),
+    ("flat_quant", "crop+flip", 0, "--method sgd --model mobilenet_v2")])
+def test_network_augmentation_and_batch_norm_of_all_results(
+        script, augment, pad, more, run, monkeypatch):
     """--augment and --pad in full precision, methods and the pass that precedes a result, whose
-    statistics batch norm then has."""
+    statistics batch norm then has. mobilenet_v2 ends at a resolution of 1."""
     def finish_and_compare(self, model=None, **row):
         network = model or self.parts["model"]
         expected, result = copy.deepcopy(network).train(), finish(self, model, **row)
@@ -209,10 +211,13 @@ def test_augmentation_and_batch_norm_of_all_results(script, augment, pad, more, 
         finished.add(result["method"])
         return result
     cut, finish, drawn, finished = common.Data.cut, common.Run.finish, [], set()
+    build, built = common.build_model, []
+    monkeypatch.setattr(common, "build_model", lambda *how: built.append(how) or build(*how))
     monkeypatch.setattr(common.Run, "finish", finish_and_compare)
     monkeypatch.setattr(common.Data, "cut", lambda *args: drawn.append(args) or cut(*args))
-    result = run(script, SHAPES, f"--augment {augment} --pad {pad}", more)
+    result = run(script, SHAPES, f"--augment {augment} --pad {pad} --depth 2 --stem imagenet", more)
     assert result.code == 0 and {r["method"] for r in result.results} == finished
+    assert built == [(result.results[0]["model"], 10, 2, "imagenet")]
     for _, _, row, column, mirrored in (args for args in drawn if len(args[1]) == 32):  # batches
         moves = [*range(-pad, pad + 1)] if "crop" in augment else [0]
         assert row.unique().tolist() == column.unique().tolist() == moves
@@ -283,16 +288,6 @@ def test_fp_seed_same_trains_a_full_precision_network_for_each_seed(run, monkeyp
     shared = run("fpq", SHAPES, "--seed 2 1 --fp-seed 3 --method baseline")
     assert [r["fp_seed"] for r in shared.results[4:]] == [3] * 3 and len(loads) == 1
     assert "one full-precision network" in shared.out
-
-
-def test_depth_and_stem_reach_the_network_which_trains_at_a_resolution_of_1(run, monkeypatch):
-    build, asked = common.build_model, []
-    monkeypatch.setattr(common, "build_model", lambda *how: asked.append(how) or build(*how))
-    for script, method in (("fpq", "baseline"), ("flat_quant", "sgd")):
-        done = run(script, SHAPES, "--model mobilenet_v2 --depth 2 --stem imagenet",
-                   "--method", method)
-        assert done.code == 0 and np.isfinite([r["loss"] for r in done.results]).all()
-    assert asked == [("mobilenet_v2", 10, 2, "imagenet")] * 2
 
 
 def test_precision_and_determinism_on_nvidia_gpus_are_asked_for(parse):
