@@ -8,7 +8,6 @@ The last rows are the baseline with torch's learnable operators, and with the qu
 and brevitas, if they are installed.
 """
 
-import argparse
 import copy
 import importlib
 import multiprocessing
@@ -22,8 +21,13 @@ from pathlib import Path
 import torch
 from torch import nn
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import common  # noqa: E402
 
-def torch_operators(common):
+MODELS, TURNS = ["resnet8", "resnet20"], 20
+
+
+def torch_operators():
     def fake_quantize(x, s, z, low, high, scale=1.0):
         s, z = s.flatten(), (torch.zeros_like(s) + z).flatten()
         if len(s) == 1:
@@ -32,7 +36,7 @@ def torch_operators(common):
     common.fake_quantize = fake_quantize
 
 
-def torchao(common):
+def torchao():
     from torchao.quantization.pt2e import MinMaxObserver, PerChannelMinMaxObserver
     from torchao.quantization.pt2e.learnable_fake_quantize import LearnableFakeQuantize
     quantize = common.quantize
@@ -51,7 +55,7 @@ def torchao(common):
     common.calibrate = lambda student, images: student(images)  # makes its step sizes
 
 
-def brevitas(common):
+def brevitas():
     import brevitas.nn as qnn
     from brevitas.graph.quantize import layerwise_quantize
     from brevitas.quant import Int8WeightPerChannelFloat, Uint8ActPerTensorFloat
@@ -72,11 +76,9 @@ VARIANTS |= {peer.__name__: ("fpq", "baseline", peer)
              for peer in (torch_operators, torchao, brevitas)}
 
 
-def child(pipe, flags, script, method, peer=lambda common: None):
+def child(pipe, flags, script, method, peer=lambda: None):
     """Run the script. It sends the seconds of a step, then waits to make another."""
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
     sys.argv, sys.stdout = [script, *flags, "--method", method], open(os.devnull, "w")
-    import common
     batches = common.Data.batches
 
     def one_by_one(data, *args):
@@ -95,13 +97,13 @@ def child(pipe, flags, script, method, peer=lambda common: None):
         return model.to(args.device, memory_format=torch.channels_last), {}
     common.Data.batches, common.full_precision = one_by_one, untrained
     try:
-        peer(common)
+        peer()
     except ImportError as error:
         return pipe.send(str(error))
     common.entry(importlib.import_module(script).main)
 
 
-def time_steps(turns: int, flags: list) -> dict:
+def time_steps(flags: list) -> dict:
     """Median over the turns of each variant's seconds, relative to full precision in that turn."""
     context, pipes = multiprocessing.get_context("spawn"), {}
     for name, variant in VARIANTS.items():
@@ -113,26 +115,18 @@ def time_steps(turns: int, flags: list) -> dict:
             del pipes[name]
     # A step of each: the child makes it when it has been sent something.
     rows = [{name: pipe.send("go") or pipe.recv() for name, pipe in pipes.items()}
-            for _ in range(2 + turns)][2:]
+            for _ in range(2 + TURNS)][2:]
     for process in multiprocessing.active_children():
         process.terminate()
     return {name: statistics.median(row[name] / row["full precision"] for row in rows)
             for name in pipes}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--models", nargs="+", default=["resnet8", "resnet20"])
-    parser.add_argument("--turns", type=int, default=20)
-    args, flags = parser.parse_known_args()
+if __name__ == "__main__":
     print(f"step / full precision, torch {torch.__version__}, {torch.get_num_threads()} threads")
     with tempfile.TemporaryDirectory() as out:
-        flags = ["--dataset", "shapes", "--out", out, *flags, "--model"]
-        table = {model: time_steps(args.turns, [*flags, model]) for model in args.models}
-    print(f"{'':<18}" + "".join(f"{model:<13}" for model in table))
-    for name in next(iter(table.values())):
-        print(f"{name:<18}" + "".join(f"{ratios[name]:<13.2f}" for ratios in table.values()))
-
-
-if __name__ == "__main__":
-    main()
+        flags = ["--dataset", "shapes", "--out", out, *sys.argv[1:], "--model"]
+        table = [time_steps([*flags, model]) for model in MODELS]
+    print(f"{'':<18}" + "".join(f"{model:<13}" for model in MODELS))
+    for name in table[0]:
+        print(f"{name:<18}" + "".join(f"{ratios[name]:<13.2f}" for ratios in table))
