@@ -144,8 +144,8 @@ def test_sam_on_a_quadratic():
 @pytest.mark.parametrize("method", ["weight", "additive", "sam"])
 def test_rule_written_out(method, train, network, tiny_data, monkeypatch):
     """weight: W <- W + n_t - n_(t-1), and SGD's gradient, decay and momentum act on W = w + n_t.
-    The others: they act on w, only the gradient is taken at w + n; sam: n = rho g / |g|. The average
-    over one epoch is of weights without noise."""
+    The others: they act on w, only the gradient is taken at w + n; sam: n = rho g / |g|. The
+    average over one epoch is of weights without noise."""
     noises, shifted = [], common.shifted
     for module in (common, flat_quant):
         monkeypatch.setattr(module, "shifted", lambda params, shifts: (
