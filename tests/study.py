@@ -2,7 +2,7 @@
 
     python tests/study.py tuning --data-dir DIR     weights and constants, on held-out images
     python tests/study.py study --data-dir DIR      the methods and their controls, on test images
-    python tests/study.py report                    the tables of the README, from the data
+    python tests/study.py report                    tables, verdicts and charts, from the data
 
 DIR is CIFAR-10 as a folder of images. Every command is the exact command line of a script, for one
 seed. Stopped at any moment, the same call goes on. Plan: tests/data/plan.json; data beside it.
@@ -21,42 +21,27 @@ from pathlib import Path
 import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
-DATA = ROOT / "tests" / "data"
+DATA = ROOT / "tests/data"
 sys.path.insert(0, str(ROOT))
-import common  # noqa: E402
+from common import FP_FLAGS, mean_and_error  # noqa: E402
 
-# "tuning" is a list of grids: a flag and its values, all else as by default. "study" is a list of
-# tables. A row is [name, flags, method of the result], the first row is the reference; "fp", full
-# precision, comes with any other row. A column is [heading, augmentation, bits of weights, of
-# activations].
+# Two lists of tables. A row is [name, script and flags, method of the result, published gain if
+# any]; the first row is the reference; "fp" is the full precision that it starts from. A column is
+# [heading, flags, bits of weights, of activations]. A claim, [paper, text, table, first column,
+# row, other row, figure, b], holds in a column if row - other row > b standard errors.
 PLAN = json.loads((DATA / "plan.json").read_text())
-SIZES = "--dataset folder --train-size 5000 {}--fp-epochs 60 --seed {}"
-
-
-def tuning() -> list[str]:
-    """All commands of the tuning, the first seed of everything before the second."""
-    commands = []
-    for seed in (0, 1):
-        for grid in PLAN["tuning"]:
-            bits = "--wbits 2 --abits 4" if grid["script"] == "flat_quant.py" else "--bits 2"
-            epochs = "" if grid["flag"] == "--epochs" else "--epochs 30 "
-            commands += [f"python {grid['script']} --method {grid['method']} {grid['flag']} {value}"
-                         f" {bits} {epochs}--augment {augment} {SIZES.format('--val 1000 ', seed)}"
-                         for value in grid["values"] for augment in grid["augment"]]
-    return commands
 
 
 def command(table: dict, row: list, column: list, seed: int) -> str:
-    return (f"python {table['script']} {row[1]} {table['flags']} --augment {column[1]} "
-            f"{SIZES.format('', seed)} --fp-seed same")
+    return f"python {row[1]} {table['flags']} {column[1]} {table['data']} --seed {seed}"
 
 
-def study() -> list[str]:
-    """All commands of the tables, the first seed of everything before the second."""
-    return list(dict.fromkeys(
-        command(table, row, column, seed) for seed in range(5) for table in PLAN["study"]
-        if seed < table["seeds"] for row in table["rows"] if row[2] != "fp"
-        for column in table["columns"]))
+def commands(tables: list[dict]) -> list[str]:
+    """Of all tables: up to three seeds, tables of the lowest tier first; then more seeds."""
+    found = [((seed >= 3, table["tier"], seed), command(table, row, column, seed))
+             for table in tables for seed in range(table["seeds"])
+             for row in table["rows"] if row[2] != "fp" for column in table["columns"]]
+    return list(dict.fromkeys(text for _, text in sorted(found, key=lambda pair: pair[0])))
 
 
 def read(file: Path) -> list[dict]:
@@ -68,7 +53,6 @@ def run(commands: list[str], data: Path, data_dir: Path, out: Path, jobs: int) -
     def one(command):
         words = [sys.executable, *shlex.split(command)[1:], "--data-dir", str(data_dir),
                  "--out", str(out), "--resume"]
-        print(f"{time.strftime('%H:%M')}  started {command}", flush=True)
         with (out / "log.txt").open("a") as log:
             code = subprocess.run(words, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT,
                                   env=os.environ | {"OMP_NUM_THREADS": "1"}).returncode
@@ -76,8 +60,8 @@ def run(commands: list[str], data: Path, data_dir: Path, out: Path, jobs: int) -
                 if row["command"].startswith(command + " --data-dir") and code == 0]
         with data.open("a") as file:
             file.writelines(json.dumps(row) + "\n" for row in rows)
-        print(f"{time.strftime('%H:%M')}  {len(rows)} results, exit code {code}; command "
-              f"{missing.index(command) + 1} of {len(missing)}", flush=True)
+        print(f"{time.strftime('%H:%M')}  exit code {code}, {len(rows)} results of command "
+              f"{missing.index(command) + 1} of {len(missing)}: {command}", flush=True)
     out.mkdir(parents=True, exist_ok=True)
     done = {row["command"] for row in read(data)}
     missing = [command for command in commands if command not in done]
@@ -85,77 +69,139 @@ def run(commands: list[str], data: Path, data_dir: Path, out: Path, jobs: int) -
         list(pool.map(one, missing))  # which raises what one of them raised
 
 
-def tuning_table(rows: list[dict]) -> str:
-    """Mean accuracy on held-out images for each value, over the seeds there are."""
+def start(result: dict) -> tuple:
+    """What tells one full-precision network from another."""
+    return result["data"], *(result[flag] for flag in FP_FLAGS)
+
+
+def index(rows: list[dict]) -> dict:
+    """Results by command, method and bits; full precision by what it depends on."""
+    found = {}
+    for r in rows:
+        key = (r["command"], r["method"], r["wbits"], r["abits"])
+        found[start(r) if r["method"] == "fp" else key] = r | {
+            f"trace {h['epoch']}": h["trace"][0] for h in r.get("history", [])}
+    return found
+
+
+def values(table: dict, names: list, column: list, found: dict, what: str = "acc") -> list[float]:
+    """By seed: the first row's accuracy, or another figure, minus the second row's, if any."""
+    by_seed = []
+    for seed in range(table["seeds"]):
+        terms = []
+        for row in (row for name in names for row in table["rows"] if row[0] == name):
+            trained = table["rows"][0] if row[2] == "fp" else row
+            key = command(table, trained, column, seed), trained[2], *column[2:]
+            key = start(found[key]) if row[2] == "fp" and key in found else key
+            terms.append(found.get(key, {}).get(what))
+        if None not in terms:
+            by_seed.append(terms[0] - sum(terms[1:]))
+    return by_seed
+
+
+def moments(sample: list[float]) -> tuple[float, float]:
+    """(mean, standard error), nan where there are too few values."""
+    n = len(sample)
+    return (np.mean(sample) if n else np.nan,
+            np.std(sample, ddof=1) / n**0.5 if n > 1 else np.nan)
+
+
+def tuning_table(found: dict) -> str:
+    """Mean accuracy on held-out images for each value of a flag."""
     lines = ["| script, method | flag | value: accuracy %, crop and flip | without augmentation |",
              "|---|---|---|---|"]
-    for grid in PLAN["tuning"]:
-        bits = [2, 4] if grid["script"] == "flat_quant.py" else [2, 2]
-        rows_of = [r for r in rows if [r["script"], r["method"], r["wbits"], r["abits"]] == [
-            grid["script"], grid["method"], *bits]]
-        columns = []
-        for augment in ("crop+flip", "none"):
-            cells = []
-            for value in grid["values"]:
-                acc = [r["acc"] for r in rows_of if r["augment"] == augment
-                       and f"{grid['flag']} {value} " in r["command"]]
-                if acc:
-                    more = f" ({len(acc)})" if len(acc) > 1 else ""
-                    cells.append(f"{value:g}: {np.mean(acc):.1f}{more}")
-            columns.append(", ".join(cells))
-        if any(columns):
-            lines.append(f"| `{grid['script']}` {grid['method']} | `{grid['flag']}` | "
-                         f"{' | '.join(columns)} |")
+    for table in PLAN["tuning"]:
+        cells = ["", ""]
+        for i, column in enumerate(table["columns"]):
+            acc = {name: values(table, [name], column, found) for name, *_ in table["rows"]}
+            cells[i] = ", ".join(f"{name}: {np.mean(a):.1f}" for name, a in acc.items() if a)
+        lines.append(f"| {table['title']} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def published(name: str, wbits: int, abits: int) -> str:
-    """FPQ's gain over LSQ on ResNet-18 and CIFAR-10 in % (Tables 1, 2, 4), or nothing."""
-    rows = json.loads((DATA / "published.json").read_text())
-    acc = {row["method"].lower(): row["resnet18"] for row in rows
-           if [row["dataset"], row["wbits"], row["abits"]] == ["cifar10", wbits, abits]}
-    return f"{acc[name] - acc['lsq']:+.2f}" if name in acc else ""
-
-
-def study_table(table: dict, rows: list[dict]) -> str:
+def study_table(table: dict, found: dict) -> str:
     """Accuracy of each row, and its difference to the first row of the same seed, as mean ±
     standard error over the seeds; the published difference, where there is one."""
-    found = {(r["command"], r["method"], r["wbits"], r["abits"]): r["acc"] for r in rows} | {
-        (r["augment"], "fp", r["seed"]): r["acc"] for r in rows
-        if r["method"] == "fp" and r["train_size"] == 5000}
-
-    def accuracies(row, column):
-        keys = {seed: (column[1], "fp", seed) if row[2] == "fp" else (
-            command(table, row, column, seed), row[2], *column[2:])
-            for seed in range(table["seeds"])}
-        return {seed: found[key] for seed, key in keys.items() if key in found}
-    columns, reference = table["columns"], table["rows"][0]
+    columns, first = table["columns"], table["rows"][0][0]
     lines = [f"| {table['title']} | {' | | '.join(c[0] for c in columns)} | | published | seeds |",
              "|---|" + "---|---|" * len(columns) + "---|---|"]
-    for row in table["rows"]:
-        cells, counts = [], []
-        for column in columns:
-            acc, other = accuracies(row, column), accuracies(reference, column)
-            gains = [acc[seed] - other[seed] for seed in acc if seed in other]
-            gain = "" if row == reference else common.mean_and_error(gains, "+")
-            cells += [common.mean_and_error(list(acc.values())), gain]
-            counts.append(len(acc))
-        if any(counts):
-            fields = row[0], *cells, published(row[0], *columns[0][2:]), str(min(counts))
-            lines.append(f"| {' | '.join(fields)} |")
+    for name, _, _, *gain in table["rows"]:
+        acc = [values(table, [name], c, found) for c in columns]
+        more = [values(table, [name, first], c, found) if name != first else [] for c in columns]
+        cells = [cell for a, m in zip(acc, more)
+                 for cell in (mean_and_error(a), mean_and_error(m, "+"))]
+        if any(acc):
+            seeds = str(min(map(len, acc)))
+            lines.append(f"| {' | '.join([name, *cells, *(gain or ['']), seeds])} |")
     return "\n".join(lines) if lines[2:] else ""
 
 
+def verdicts(found: dict) -> str:
+    """A row per claim of an abstract: what was measured, and whether the claim holds there."""
+    lines = ["| paper | claim | measured | holds |", "|---|---|---|---|"]
+    for paper, claim, title, begin, name, than, what, least in PLAN["claims"]:
+        (table,), cells, holds = [t for t in PLAN["study"] if t["title"] == title], [], []
+        for column in table["columns"][begin:]:
+            sample = values(table, [name, than], column, found, what)
+            mean, error = moments(sample)
+            if len(sample) > 1:
+                cells.append(f"{column[0]} {mean_and_error(sample, '+')} ({len(sample)})")
+                holds.append(mean > least * error)
+        verdict = "yes" if all(holds) else "in part" if any(holds) else "no"
+        measured = f"{what}, {name} - {than}: {', '.join(cells)}" if cells else "not yet"
+        lines.append(f"| {paper} | {claim} | {measured} | {verdict if cells else ''} |")
+    return "\n".join(lines) if found else ""
+
+
+def chart(title: str, y: str, x: list, *series: tuple) -> str:
+    """A chart in Mermaid's language, if it is complete; series: ("bar" or "line", values)."""
+    names = ", ".join(f'"{name}"' for name in x)
+    lines = [f"    {kind} [{', '.join(f'{v:.2f}' for v in data)}]" for kind, data in series]
+    return "" if "nan" in str(lines) else "\n".join([
+        "```mermaid", "xychart-beta", f'    title "{title}"', f"    x-axis [{names}]",
+        f'    y-axis "{y}"', *lines, "```"])
+
+
+def charts(found: dict) -> list[str]:
+    """FPQ's gains with their errors, the trace by epoch, PTQ by bits, its drop by trace."""
+    def mean(table, name, column, what="acc"):
+        return moments(values(table, [name], column, found, what))[0]
+
+    fpq, dnq, bars = PLAN["study"][0], PLAN["study"][3], {}
+    none, (full, _, w4a4, *_) = fpq["columns"][0], dnq["columns"]
+    for name, _, _, *gain in fpq["rows"][1:]:
+        bars[name] = moments(values(fpq, [name, "baseline"], none, found))
+        bars |= {f"{name}, published": (float(g), 0) for g in gain}
+    gains, error = np.transpose([*bars.values()])
+    flat = sorted((mean(dnq, name, w4a4, "trace"), mean(dnq, name, full) - mean(dnq, name, w4a4),
+                   name) for name, *_ in dnq["rows"])
+    traces, drops, names = zip(*flat)
+    r = np.corrcoef(np.log(traces), drops)[0, 1]
+    return [
+        chart("Gain over LSQ, W2A2, no augmentation; lines: a standard error more and less",
+              "points", bars, ("bar", gains), ("line", gains - error), ("line", gains + error)),
+        chart("Hessian trace by epoch: LSQ, then FPQ", "trace", range(1, 31), *(
+            ("line", [mean(fpq, name, none, f"trace {epoch}") for epoch in range(1, 31)])
+            for name in ("baseline", "fpq"))),
+        chart("Accuracy after PTQ by bits: plain training, then DNQ", "%",
+              [heading for heading, *_ in dnq["columns"]],
+              *(("line", [mean(dnq, name, column) for column in dnq["columns"]])
+                for name in ("sgd", "weight+activation+swa"))),
+        chart(f"Drop by PTQ at W4A4, by Hessian trace; correlation with its logarithm {r:.2f}",
+              "points", [f"{name} {trace:.0f}" for name, trace in zip(names, traces)],
+              ("bar", drops))]
+
+
 def report() -> str:
-    """All tables, from the data."""
-    rows = read(DATA / "study.jsonl")
-    return "\n\n".join(filter(None, [tuning_table(read(DATA / "tuning.jsonl")),
-                                     *(study_table(table, rows) for table in PLAN["study"])]))
+    """All tables, verdicts and charts, from the data."""
+    found = index(read(DATA / "study.jsonl"))
+    parts = [tuning_table(index(read(DATA / "tuning.jsonl"))), verdicts(found), *charts(found),
+             *(study_table(table, found) for table in PLAN["study"])]
+    return "\n\n".join(filter(None, parts))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__.split(":")[0])
     parser.add_argument("plan", choices=["tuning", "study", "report"])
     parser.add_argument("--data-dir", type=Path, help="CIFAR-10 as a folder of images")
     parser.add_argument("--out", type=Path, default=ROOT / "runs", help="for checkpoints")
@@ -166,8 +212,8 @@ def main() -> None:
     elif args.data_dir is None:
         parser.error("--data-dir is missing: CIFAR-10 as a folder of images")
     else:
-        run({"tuning": tuning, "study": study}[args.plan](), DATA / f"{args.plan}.jsonl",
-            args.data_dir.resolve(), args.out.resolve(), args.jobs)
+        run(commands(PLAN[args.plan]), DATA / f"{args.plan}.jsonl", args.data_dir.resolve(),
+            args.out.resolve(), args.jobs)
 
 
 if __name__ == "__main__":

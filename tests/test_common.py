@@ -328,17 +328,23 @@ def test_recipe_sets_what_no_flag_does_and_bits_win(parse, capsys):
     assert parse("fpq", "--recipe paper --dataset cifar100").stem == "cifar"
 
 
-def test_study_table_pairs_seeds_and_has_the_published_gain():
-    column, first, second = ["c", "none", 2, 2], ["baseline", "-b", "b"], ["fpq", "-f", "f"]
-    table = {"title": "t", "script": "s", "flags": "--bits 2", "seeds": 3, "columns": [column],
-             "rows": [first, second, ["full", "", "fp"]]}
-    rows = [{"command": study.command(table, row, column, seed), "method": row[2], "acc": acc,
-             "wbits": 2, "abits": 2} for row, seed, acc in (
-        (second, 1, 84.0), (second, 0, 82.5), (first, 0, 80.0), (first, 1, 82.0), (first, 2, 81.0))]
-    rows.append(rows[0] | {"augment": "none", "method": "fp", "seed": 1, "train_size": 5000})
-    assert study.study_table(table, rows).split("\n")[2:] == [
-        "| baseline | 81.00 ± 0.58 |  |  | 3 |",
-        "| fpq | 83.25 ± 0.75 | +2.25 ± 0.25 | +0.51 | 2 |", "| full | 84.00 | +2.00 |  | 1 |"]
+def test_study_pairs_seeds_finds_full_precision_and_judges(monkeypatch):
+    column, start = ["c", "-a", 2, 2], dict.fromkeys(common.FP_FLAGS)
+    table = {"title": "t", "flags": "-x", "data": "-d", "seeds": 3, "columns": [column], "rows": [
+        ["base", "s -b", "b"], ["full", "", "fp"], ["fpq", "s -f", "f", "+0.51"]]}
+    rows = [start | {"command": study.command(table, table["rows"][row], column, seed), "acc": acc,
+                     "method": table["rows"][row][2], "wbits": 2, "abits": 2, "data": seed}
+            for row, seed, acc in ((2, 1, 84.0), (2, 0, 82.5), (0, 0, 80.0), (0, 1, 82.0))]
+    found = study.index(rows + [rows[i] | {"method": "fp", "acc": 82.0 - 2 * i} for i in (2, 3)])
+    assert study.study_table(table, found).split("\n")[2:] == [
+        "| base | 81.00 ± 1.00 |  |  | 2 |", "| full | 77.00 ± 1.00 | -4.00 ± 2.00 |  | 2 |",
+        "| fpq | 83.25 ± 0.75 | +2.25 ± 0.25 | +0.51 | 2 |"]
+    monkeypatch.setattr(study, "PLAN", {"study": [table], "claims": [
+        ["p", "q", "t", 0, *names, "acc", least] for *names, least in (
+            ("fpq", "base", 8), ("fpq", "base", 10), ("full", "base", -2))]})
+    assert [line.split(" | ")[2:] for line in study.verdicts(found).split("\n")[2:]] == [
+        ["acc, fpq - base: c +2.25 ± 0.25 (2)", f"{verdict} |"] for verdict in ("yes", "no")] + [
+        ["acc, full - base: c -4.00 ± 2.00 (2)", "no |"]]
 
 
 def test_the_readme_has_the_tables_of_the_committed_data():
