@@ -55,6 +55,26 @@ def test_a_quantized_layer_stands_for_a_layer_of_integers(kind, quantizer, wbits
     close(layer(x), sums * (s_x * s_w[..., 0] / 2) + constant)
 
 
+def test_8_bit_step_sizes_stay_and_so_do_the_levels_in_use(tiny_data):
+    """LSQ would make them grow until few of the 256 levels are used."""
+    def integers():
+        found = []
+        with hooked(weight_layers(model).values(), before=lambda m, x: found.extend([
+                m.input_quantizer.integers(*x), m.weight_quantizer.integers(m.weight)])):
+            model(images)
+        return [(n.unique(), s.clone()) for n, s, z in found]
+    torch.manual_seed(0)
+    images, labels = tiny_data.sample(64)
+    model = quantize(nn.Sequential(nn.Conv2d(3, 32, 5, 4), nn.ReLU(), nn.Flatten(),
+                                   nn.Linear(32 * 49, 10)), 2, 2)
+    calibrate(model, images)
+    calibrated = integers()
+    train(model, images, labels, common.sgd(model, 0.2, 0), 6)
+    for (before, s), (after, t) in zip(calibrated, integers()):
+        assert torch.equal(s, t) and len(before) > 200
+        assert torch.isin(before, after).float().mean() >= 0.9
+
+
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("name", ["resnet8", "vit_tiny"])
 def test_quantize_copies_and_keeps_first_and_last_layer_at_8_bits(name):

@@ -131,15 +131,12 @@ def test_salience_by_hand():
 @pytest.mark.parametrize("method", ["weight", "additive", "sam"])
 def test_rule_written_out(method, train, network, tiny_data, monkeypatch):
     """weight: W <- W + n_t - n_(t-1), and SGD's gradient, decay and momentum act on W = w + n_t.
-    The others: they act on w, only the gradient is taken at w + n; sam: n = rho g / |g|. The
-    average over one epoch is of weights without noise."""
+    The others: they act on w, only the gradient is taken at w + n; sam: n = rho g / |g|."""
     noises, shifted = [], common.shifted
     for module in (common, flat_quant):
         monkeypatch.setattr(module, "shifted", lambda params, shifts: (
             noises.append(shifts) or shifted(params, shifts)))
-    (trained, _), (average, _) = train(
-        method, batch_size=16, fp_weight_decay=0.5, label_smoothing=0.2).values()
-    same(average.state_dict(), trained.state_dict())
+    trained, _ = train(method, batch_size=16, fp_weight_decay=0.5, label_smoothing=0.2)[method]
     noisy, found = ([p.detach() for p in model.parameters() if method == "sam" or p.dim() > 1]
                     for model in (network, trained))
     previous = [torch.zeros_like(p) for p in noisy]
@@ -184,6 +181,17 @@ def test_strength_zero_is_plain_sgd_bit_for_bit(train):
         other, _ = train(method, noise_lambda=strength, sam_rho=0)[method]
         with pytest.raises(AssertionError) if strength else nullcontext():
             same(other.state_dict(), plain)
+
+
+def test_noise_while_the_weights_stay_leaves_no_trace(train, network, tiny_data):
+    """Weights are clean, batch norm is estimated on them, in the plain network and the average."""
+    draws = torch.Generator().manual_seed(common.random_stream("batch norm"))
+    common.update_bn(tiny_data.batches(32, draws), network)
+    outcomes = train("weight+activation", noise_lambda=30, fp_lr=0.0)
+    assert len(outcomes) == 2
+    for model, result in outcomes.values():
+        same(model.state_dict(), network.state_dict())
+        assert (result["acc"], result["loss"]) == common.evaluate(network, tiny_data)
 
 
 def test_swa_averages_the_last_half_of_the_epochs_at_a_held_rate(train, tiny_data, monkeypatch):
