@@ -52,10 +52,10 @@ def fake_quantize_definition(x: Tensor, step_size: Tensor, zero_point: float, qm
 
 def fake_quantize(x: Tensor, step_size: Tensor, zero_point: Tensor | float, qmin: int, qmax: int,
                   grad_scale: float = 1.0) -> Tensor:
-    """The same, but that x on a bound has no gradient, in fewer passes over memory; twice
-    differentiable. step_size > 0 and zero_point broadcast against x; dL/ds is multiplied by
-    grad_scale. A tensor zero_point may be 1/2 (one bit: -s/2 and s/2). A number must be whole; it
-    moves into the bounds, which saves three passes: clip(n + z, a, b) - z = clip(n, a - z, b - z).
+    """The same in fewer passes over memory, and twice differentiable; only x exactly on a bound
+    differs: it has no gradient. step_size > 0 and zero_point broadcast against x; dL/ds is
+    multiplied by grad_scale. zero_point: a tensor may be 1/2 (one bit: -s/2 and s/2); a number is
+    whole, and moves into the bounds: clip(n + z, a, b) - z = clip(n, a - z, b - z).
 
         dx_hat/dx = 1 if q_min < x/s + z < q_max else 0             compares x/s, not round(x/s)
         dx_hat/ds = round(x/s) - x/s inside, q_min - z below, q_max - z above"""
@@ -246,8 +246,8 @@ class Product(nn.Module):
 
 @contextmanager
 def hooked(modules, before=None, after=None):
-    """Within, every call of one of `modules` runs before(module, inputs) or else
-    after(module, inputs, output); what it returns, if anything, replaces inputs or output."""
+    """Inside this context every call of one of `modules` runs before(module, inputs) or else
+    after(module, inputs, output). What that returns, if anything, replaces inputs or output."""
     with ExitStack() as stack:  # which removes the hooks
         for m in modules:
             stack.enter_context(m.register_forward_pre_hook(before) if before
@@ -807,7 +807,7 @@ class Run:
     def finish(self, model=None, **row):
         """The result of the network or another `model`, with `row`: one line of results.jsonl,
         however often resumed. Batch norm's statistics are first taken anew in one fixed pass over
-        the training images [choice]: those of the last few batches move it by up to a point."""
+        the training images [choice]: those of the last batches move accuracy by up to a point."""
         a, model, method = self.args, model or self.parts["model"], row.get("method", self.method)
         if method not in self.results:
             draws = torch.Generator().manual_seed(random_stream("batch norm"))
@@ -966,7 +966,7 @@ def sharpness(model: nn.Module, data: Data, probes: int = 8, iters: int = 0) -> 
 
 @contextmanager
 def shifted(params, shifts):
-    """Within: params + shifts. After: without, bit for bit; a step taken within is kept."""
+    """Adds shifts to params; at its end takes them back, bit for bit, and keeps a step of SGD."""
     params = [p.detach() for p in params]  # the same memory
     latent = [p.clone() for p in params]
     moved = [p.add_(shift).clone() for p, shift in zip(params, shifts)]

@@ -98,8 +98,8 @@ def channel_mean(z: Tensor) -> Tensor:
 
 
 class ChannelDistance(torch.autograd.Function):
-    """`channel_distance`. Its gradient is a combination of student and teacher per channel, so two
-    passes over memory do where autograd would take ten; teacher gets none."""
+    """`channel_distance`. Its gradient is a combination of student and teacher per channel, which
+    takes two passes over memory; autograd takes ten. The teacher gets no gradient."""
 
     @staticmethod
     def forward(ctx, student, teacher, eps):
