@@ -54,8 +54,8 @@ def fake_quantize(x: Tensor, step_size: Tensor, zero_point: Tensor | float, qmin
                   grad_scale: float = 1.0) -> Tensor:
     """The same in fewer passes over memory, and twice differentiable; only x exactly on a bound
     differs: it has no gradient. step_size > 0 and zero_point broadcast against x; dL/ds is
-    multiplied by grad_scale. zero_point: a tensor may be 1/2 (one bit: -s/2 and s/2); a number is
-    whole, and moves into the bounds: clip(n + z, a, b) - z = clip(n, a - z, b - z).
+    multiplied by grad_scale. A zero_point that is a number is whole, and is subtracted from both
+    bounds instead; a tensor may hold 1/2 (one bit: -s/2 and s/2).
 
         dx_hat/dx = 1 if q_min < x/s + z < q_max else 0             compares x/s, not round(x/s)
         dx_hat/ds = round(x/s) - x/s inside, q_min - z below, q_max - z above"""
@@ -88,10 +88,10 @@ class FakeQuantize(torch.autograd.Function):
             v.add_(zero_point)
         # dL/dx is grad where v is inside the bounds: the derivative of a hard tanh, in one pass.
         grad_x = torch.ops.aten.hardtanh_backward(grad, v, *ctx.bounds)
-        # dL/ds = (<grad, x_hat> - <grad_x, x>) / s, as outside x_hat is s times the derivative:
-        # two inner products in place of a tensor of derivatives.
+        # dL/ds = (<grad, x_hat> - <grad_x, x>) / s, as s dx_hat/ds is x_hat - x inside and x_hat
+        # outside: two inner products in place of a tensor of derivatives; 1 / s comes last.
         if step_size.numel() == 1:
-            # Vectors, N x C x H x W by pixel: views, not copies, in channels_last order.
+            # Flattened by pixel: in channels_last order that makes views, not copies.
             a, b, c, d = ((t.permute(0, 2, 3, 1) if t.dim() == 4 else t).reshape(-1)
                           for t in (grad, x_hat, grad_x, x))
             grad_s = (a @ b - c @ d).reshape_as(step_size)
@@ -155,7 +155,7 @@ class Quantizer(nn.Module):
         the least squared error [choice; the paper has a = 1]. The range is widened to hold 0
         [choice]: zero padding and the zeros of a ReLU stay exact.
 
-            s = a (x_max - x_min) / (2^q - 1),  z = round(q_max - a x_max / s)"""
+            s = a S,  S = (x_max - x_min) / (2^q - 1),  z = round(q_max - x_max / S)"""
         rows = x.reshape(self.channels or 1, -1)
         low, high = rows.amin(1).clamp_max(0), rows.amax(1).clamp_min(0)
         one_bit_weight = self.bits == 1 and self.channels
@@ -166,7 +166,7 @@ class Quantizer(nn.Module):
         # A channel of zeros has no range: it takes the others' largest step size, or 1, as range.
         s = torch.where(s > TINY, s, s.max() if s.max() > TINY else s + 1)
         z = s * 0 + 0.5 if one_bit_weight else (self.qmax - high / s).round()  # Eq. 5
-        rows = rows[:, ::rows.shape[1] // 65536 | 1]  # a sample is enough; odd, to meet all columns
+        rows = rows[:, ::rows.shape[1] // 65536 | 1]  # a sample; odd stride, to meet all columns
         sizes = s * (torch.arange(candidates, 0, -1, device=x.device) / candidates)[:, None]
         values = (fake_quantize(rows, a[:, None], z[:, None], 0, self.qmax) for a in sizes)
         best = torch.stack([(v - rows).square().sum(1) for v in values]).argmin(0, keepdim=True)
@@ -292,7 +292,7 @@ def calibrate(qmodel: nn.Module, images: Tensor, candidates: int = 100, batch_st
     sees what the quantized layers before it make. Batch norm normalises by these images, as in
     training to come [choice]; if none comes (batch_stats=False), by full precision's statistics."""
     quantizers = [m for m in qmodel.modules() if isinstance(m, Quantizer)]
-    # The pass moves running statistics: those of a copy, which shares only the quantizers.
+    # The pass moves running statistics, so a copy that shares the quantizers makes it.
     probe = copy.deepcopy(qmodel, {id(q): q for q in quantizers})
     for m in probe.modules():
         m.training = batch_stats and isinstance(m, nn.modules.batchnorm._BatchNorm)
@@ -560,8 +560,8 @@ def number(kind, low, high):
 
 
 def add_flags(parser, title, *flags):
-    """A group of flags (name, type, default, help); a list as type holds the choices, as default
-    takes several values; bool makes a switch."""
+    """A group of flags (name, type, default, help). A list as type holds the choices, a list as
+    default allows several values, bool makes a switch."""
     group = parser.add_argument_group(title)
     for name, kind, default, text in flags:
         how = ({"action": "store_true"} if kind is bool
@@ -697,7 +697,7 @@ def cosine_lr(step, total, peak, warmup=0.0):
 # What full precision depends on, so that all scripts, methods and seeds can share one network.
 FP_FLAGS = ("model depth stem augment pad batch_size fp_epochs fp_lr fp_weight_decay fp_seed "
             "tf32").split()
-# What does not shape training; switches but --tf32 do not either, and data have a fingerprint.
+# These do not shape training, nor do switches but --tf32; a fingerprint identifies the data.
 NOT_SHAPING = "out data_dir dataset train_size val device recipe bits seed method command".split()
 
 

@@ -11,7 +11,7 @@ Only the abstract and summaries of the paper were at hand. The rest is rebuilt o
 mean teacher (Tarvainen & Valpola 2017): formulas, schedule and constants are choices.
 
     symbol                 here                                                from
-    a(x), a'(x)            two draws of run.batches(), then distort            summaries
+    a(x), a'(x)            two views of run.batches(), then distort            summaries
     L_con = KL(p_T || p_S) consistency_loss(student_logits, teacher_logits)    summaries, [choice]
     lambda(t)              ramp_up(t, T) times --lambda-max, T epochs long     ancestor
     theta_T                ema_update, over weights, batch norm, step sizes    summaries, [choice]

@@ -231,7 +231,7 @@ def train(args: Namespace, data: Data, method: str, seed: int) -> dict[str, tupl
     """One training run from scratch, as {method: (network, result), method+swa: ...}: averaging
     does not touch training, so one run gives both.
 
-    Three injections, of which the first two are built. Differential, "weight": n_t leaves after the
+    Three injections are known, of which we build two. Differential, "weight": n_t leaves after the
     step, so weight decay sees w + n_t. "additive" [choice]: n_t leaves before it, so decay sees w;
     we expect no difference beyond chance. A zero-mean pair: two passes, at w + n and w - n, for one
     step. "isotropic" and "wrong-bits" are differential controls, of another shape and size.

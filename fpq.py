@@ -4,8 +4,8 @@ Implicit-Regularization on Hessian Matrix", arXiv 2503.11159.
 The idea. Rounding moves the weights and features of a network; if the loss is flat, it changes
 little. Zero-mean noise during training penalises the trace of the Hessian without computing it
 (Eq. 7). So FPQ adds uniform noise, one quantization step size wide, to the inputs of randomly
-chosen layers: stochastic feature perturbation (SFP). It also holds the output of every layer but
-the classifier to the shape that the full-precision network's output has in each channel:
+chosen layers: stochastic feature perturbation (SFP). It also draws the output of every layer but
+the classifier, channel by channel and up to shift and scale, to the full-precision network's:
 channel-wise standardized distillation (CSD). The loss is cross-entropy plus CSD (Eq. 22).
 
     paper                            here
@@ -68,9 +68,9 @@ def stochastic_feature_perturbation(x: Tensor, step_size: Tensor, p: float,
                                     generator: torch.Generator | None = None) -> Tensor:
     """SFP, Eq. 9 and 14: with probability p, x + delta, delta ~ U[-s/2, s/2] per element; else x.
 
-    x: any shape; step_size broadcasts against it. One coin per layer and step: noise in several
-    layers at once biases the expectation (Prop. 1). No gradient flows through delta [choice].
-    Without a generator the coin is drawn on the CPU, so that no device is waited for.
+    x: any shape; step_size broadcasts against it. One coin per layer and step, mostly tails: noise
+    in several layers at once biases the expectation (Prop. 1). No gradient flows through delta
+    [choice]. Without a generator the CPU draws the coin, so that it need not wait for a GPU.
     """
     coin_device = generator.device if generator else "cpu"
     if torch.rand((), generator=generator, device=coin_device) >= p:
@@ -98,13 +98,13 @@ def channel_mean(z: Tensor) -> Tensor:
 
 
 class ChannelDistance(torch.autograd.Function):
-    """`channel_distance`. Its gradient is a combination of student and teacher per channel, which
-    takes two passes over memory; autograd takes ten. The teacher gets no gradient."""
+    """`channel_distance`. Its gradient is per_student * student + per_teacher * teacher + constant:
+    two passes over memory, where autograd takes ten. The teacher gets no gradient."""
 
     @staticmethod
     def forward(ctx, student, teacher, eps):
         mean_s, mean_t = channel_mean(student), channel_mean(teacher)
-        var_s = (channel_mean(student * student) - mean_s.square()).clamp_min(0)  # rounding
+        var_s = (channel_mean(student * student) - mean_s.square()).clamp_min(0)  # roundoff
         var_t = (channel_mean(teacher * teacher) - mean_t.square()).clamp_min(0)
         cov = channel_mean(student * teacher) - mean_s * mean_t
         s, t = var_s + eps, var_t + eps
@@ -127,8 +127,8 @@ class ChannelDistance(torch.autograd.Function):
 
 def channel_distance(student: Tensor, teacher: Tensor, eps: float = 1e-5) -> Tensor:
     """Mean of (standardize(student) - standardize(teacher))^2 over N x C x ..., without computing
-    either: standardized channels have mean 0, so it is var + var - 2 cov, five sums per channel;
-    but for eps 2 (1 - r), r being Pearson's correlation of student and teacher in the channel:
+    either: standardized channels have mean 0, so it is var + var - 2 cov, five sums per channel.
+    With eps = 0 it is 2 (1 - r), r: Pearson's correlation of student and teacher in the channel:
 
         var_s / (var_s + eps) + var_t / (var_t + eps) - 2 cov / sqrt((var_s + eps)(var_t + eps))
     """
@@ -141,7 +141,7 @@ def csd_loss(student_feats: list[Tensor], teacher_feats: list[Tensor]) -> Tensor
         L_CSD = mean_l mean_(n,c,...) (z~_student - z~_teacher)^2
 
     The published sum over elements and layers grows with batch, image and depth and drowns the
-    cross-entropy; the means are ours [choice]. 0: equal but for shift and scale; 4: mirrored.
+    cross-entropy; the means are ours [choice]. It is 0 if all r are 1, and 4 if all are -1.
     """
     distances = [channel_distance(s, t) for s, t in zip(student_feats, teacher_feats, strict=True)]
     return torch.stack(distances).mean()  # Eq. 17
@@ -162,7 +162,7 @@ def layers_of(model: nn.Module) -> list[nn.Module]:
 
 def perturbed(student: nn.Module, p: float, noise_at: str):
     """A context in which SFP acts, with chance p each, on the inputs of `layers_of` and on the
-    factors of products in attention. A layer's output is w_hat * x_s (Eq. 16), so the noise is on
+    factors of products in attention. Eq. 16 multiplies w_hat by the noisy input, so the noise is on
     the quantized input ("operand"). The other reading has it before the quantizer ("input"), which
     makes rounding stochastic. Fig. 2 compares with noise on the quantized weights ("weight")."""
     def after(quantizer, inputs, x_hat):

@@ -108,7 +108,7 @@ def moments(sample: list[float]) -> tuple[float, float]:
 
 def tuning_table(found: dict) -> str:
     """Mean accuracy on held-out images for each value of a flag."""
-    lines = ["| script, method | flag | value: accuracy %, crop and flip | without augmentation |",
+    lines = ["| script, method | flag (default) | value: held-out acc. %, crop+flip | without |",
              "|---|---|---|---|"]
     for table in PLAN["tuning"]:
         cells = ["", ""]
