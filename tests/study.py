@@ -14,7 +14,6 @@ import os
 import shlex
 import subprocess
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -27,8 +26,8 @@ from common import FP_FLAGS, mean_and_error  # noqa: E402
 
 # Two lists of tables. A row is [name, script and flags, method of the result, published gain if
 # any]; the first row is the reference; "fp" is the full precision that it starts from. A column is
-# [heading, flags, bits of weights, of activations]. A claim, [paper, text, table, first column,
-# row, other row, figure, b], holds in a column if row - other row > b standard errors.
+# [heading, flags, bits of weights, of activations]. A claim, [paper, text, table, columns, row,
+# other row, figure, margin], holds in a column if row - other row - 2 standard errors > margin.
 PLAN = json.loads((DATA / "plan.json").read_text())
 
 
@@ -58,10 +57,10 @@ def run(commands: list[str], data: Path, data_dir: Path, out: Path, jobs: int) -
                                   env=os.environ | {"OMP_NUM_THREADS": "1"}).returncode
         rows = [row | {"command": command} for row in read(out / "results.jsonl")
                 if row["command"].startswith(command + " --data-dir") and code == 0]
-        with data.open("a") as file:
-            file.writelines(json.dumps(row) + "\n" for row in rows)
-        print(f"{time.strftime('%H:%M')}  exit code {code}, {len(rows)} results of command "
-              f"{missing.index(command) + 1} of {len(missing)}: {command}", flush=True)
+        with data.open("ab", buffering=0) as file:  # one write: all or nothing
+            file.write("".join(json.dumps(row) + "\n" for row in rows).encode())
+        print(f"exit code {code}, {len(rows)} results of command {missing.index(command) + 1} of "
+              f"{len(missing)}: {command}", flush=True)
     out.mkdir(parents=True, exist_ok=True)
     done = {row["command"] for row in read(data)}
     missing = [command for command in commands if command not in done]
@@ -71,28 +70,28 @@ def run(commands: list[str], data: Path, data_dir: Path, out: Path, jobs: int) -
 
 def start(result: dict) -> tuple:
     """What tells one full-precision network from another."""
-    return result["data"], *(result[flag] for flag in FP_FLAGS)
+    return result["data"], *map(result.get, FP_FLAGS)
 
 
 def index(rows: list[dict]) -> dict:
-    """Results by command, method and bits; full precision by what it depends on."""
-    found = {}
+    """Results by command, method and bits; beside each the full precision that it started from."""
+    fp, found = {start(r): r for r in rows if r["method"] == "fp"}, {}
     for r in rows:
-        key = (r["command"], r["method"], r["wbits"], r["abits"])
-        found[start(r) if r["method"] == "fp" else key] = r | {
-            f"trace {h['epoch']}": h["trace"][0] for h in r.get("history", [])}
+        by_epoch = {f"{name} {h['epoch']}": np.ravel(h[name])[0]
+                    for h in r.get("history", []) for name in ("trace", "gradient")}
+        found[r["command"], r["method"], r["wbits"], r["abits"]] = r | by_epoch
+        found[r["command"], "fp", r["wbits"], r["abits"]] = fp.get(start(r), {})
     return found
 
 
 def values(table: dict, names: list, column: list, found: dict, what: str = "acc") -> list[float]:
     """By seed: the first row's accuracy, or another figure, minus the second row's, if any."""
-    by_seed = []
+    by_seed, rows = [], {row[0]: row for row in table["rows"]}
     for seed in range(table["seeds"]):
         terms = []
-        for row in (row for name in names for row in table["rows"] if row[0] == name):
+        for row in map(rows.__getitem__, names):
             trained = table["rows"][0] if row[2] == "fp" else row
-            key = command(table, trained, column, seed), trained[2], *column[2:]
-            key = start(found[key]) if row[2] == "fp" and key in found else key
+            key = command(table, trained, column, seed), row[2], *column[2:]
             terms.append(found.get(key, {}).get(what))
         if None not in terms:
             by_seed.append(terms[0] - sum(terms[1:]))
@@ -101,9 +100,8 @@ def values(table: dict, names: list, column: list, found: dict, what: str = "acc
 
 def moments(sample: list[float]) -> tuple[float, float]:
     """(mean, standard error), nan where there are too few values."""
-    n = len(sample)
-    return (np.mean(sample) if n else np.nan,
-            np.std(sample, ddof=1) / n**0.5 if n > 1 else np.nan)
+    error = np.std(sample, ddof=1) / len(sample) ** 0.5 if len(sample) > 1 else np.nan
+    return np.mean(sample) if sample else np.nan, error
 
 
 def tuning_table(found: dict) -> str:
@@ -123,8 +121,8 @@ def study_table(table: dict, found: dict) -> str:
     """Accuracy of each row, and its difference to the first row of the same seed, as mean ±
     standard error over the seeds; the published difference, where there is one."""
     columns, first = table["columns"], table["rows"][0][0]
-    lines = [f"| {table['title']} | {' | | '.join(c[0] for c in columns)} | | published | seeds |",
-             "|---|" + "---|---|" * len(columns) + "---|---|"]
+    lines = [f"| {table['title']} | {' | | '.join(c[0] for c in columns)} | | published, ResNet-18 "
+             "| seeds |", "|---|" + "---|---|" * len(columns) + "---|---|"]
     for name, _, _, *gain in table["rows"]:
         acc = [values(table, [name], c, found) for c in columns]
         more = [values(table, [name, first], c, found) if name != first else [] for c in columns]
@@ -137,27 +135,29 @@ def study_table(table: dict, found: dict) -> str:
 
 
 def verdicts(found: dict) -> str:
-    """A row per claim of an abstract: what was measured, and whether the claim holds there."""
-    lines = ["| paper | claim | measured | holds |", "|---|---|---|---|"]
-    for paper, claim, title, begin, name, than, what, least in PLAN["claims"]:
-        (table,), cells, holds = [t for t in PLAN["study"] if t["title"] == title], [], []
-        for column in table["columns"][begin:]:
+    """A row per claim: what was measured, and if there are three seeds, whether the claim holds."""
+    lines = ["| paper | claim | measured (seeds) | holds |", "|---|---|---|---|"]
+    for paper, claim, title, where, name, than, what, margin in PLAN["claims"]:
+        (table,), cells = [t for t in PLAN["study"] if t["title"] == title], []
+        counts, holds = [], []
+        for column in (table["columns"][i] for i in where):
             sample = values(table, [name, than], column, found, what)
             mean, error = moments(sample)
-            if len(sample) > 1:
-                cells.append(f"{column[0]} {mean_and_error(sample, '+')} ({len(sample)})")
-                holds.append(mean > least * error)
-        verdict = "yes" if all(holds) else "in part" if any(holds) else "no"
-        measured = f"{what}, {name} - {than}: {', '.join(cells)}" if cells else "not yet"
-        lines.append(f"| {paper} | {claim} | {measured} | {verdict if cells else ''} |")
-    return "\n".join(lines) if found else ""
+            cells.append(f"{column[0]} {mean_and_error(sample, '+') or '-'} ({len(sample)})")
+            counts.append(len(sample))
+            holds.append(mean - 2 * error > margin)
+        verdict = ("" if min(counts) < 3 else
+                   "yes" if all(holds) else "in part" if any(holds) else "not shown")
+        lines.append(f"| {paper} | {claim} | {what}, {name} - {than}: {', '.join(cells)} | "
+                     f"{verdict} |")
+    return "\n".join(lines)
 
 
 def chart(title: str, y: str, x: list, *series: tuple) -> str:
     """A chart in Mermaid's language, if it is complete; series: ("bar" or "line", values)."""
     names = ", ".join(f'"{name}"' for name in x)
     lines = [f"    {kind} [{', '.join(f'{v:.2f}' for v in data)}]" for kind, data in series]
-    return "" if "nan" in str(lines) else "\n".join([
+    return "" if "nan" in title + str(lines) else "\n".join([
         "```mermaid", "xychart-beta", f'    title "{title}"', f"    x-axis [{names}]",
         f'    y-axis "{y}"', *lines, "```"])
 
@@ -168,14 +168,14 @@ def charts(found: dict) -> list[str]:
         return moments(values(table, [name], column, found, what))[0]
 
     fpq, dnq, bars = PLAN["study"][0], PLAN["study"][3], {}
-    none, (full, _, w4a4, *_) = fpq["columns"][0], dnq["columns"]
+    none, bits = fpq["columns"][0], dnq["columns"]
     for name, _, _, *gain in fpq["rows"][1:]:
         bars[name] = moments(values(fpq, [name, "baseline"], none, found))
         bars |= {f"{name}, published": (float(g), 0) for g in gain}
     gains, error = np.transpose([*bars.values()])
-    flat = sorted((mean(dnq, name, w4a4, "trace"), mean(dnq, name, full) - mean(dnq, name, w4a4),
-                   name) for name, *_ in dnq["rows"])
-    traces, drops, names = zip(*flat)
+    acc = {name: [mean(dnq, name, column) for column in bits] for name, *_ in dnq["rows"]}
+    traces, names = zip(*sorted((mean(dnq, name, bits[2], "trace"), name) for name in acc))
+    drops = [acc[name][0] - acc[name][2] for name in names]
     r = np.corrcoef(np.log(traces), drops)[0, 1]
     return [
         chart("Gain over LSQ, W2A2, no augmentation; lines: a standard error more and less",
@@ -184,9 +184,8 @@ def charts(found: dict) -> list[str]:
             ("line", [mean(fpq, name, none, f"trace {epoch}") for epoch in range(1, 31)])
             for name in ("baseline", "fpq"))),
         chart("Accuracy after PTQ by bits: plain training, then DNQ", "%",
-              [heading for heading, *_ in dnq["columns"]],
-              *(("line", [mean(dnq, name, column) for column in dnq["columns"]])
-                for name in ("sgd", "weight+activation+swa"))),
+              [column[0] for column in bits],
+              ("line", acc["sgd"]), ("line", acc["weight+activation+swa"])),
         chart(f"Drop by PTQ at W4A4, by Hessian trace; correlation with its logarithm {r:.2f}",
               "points", [f"{name} {trace:.0f}" for name, trace in zip(names, traces)],
               ("bar", drops))]
@@ -204,8 +203,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split(":")[0])
     parser.add_argument("plan", choices=["tuning", "study", "report"])
     parser.add_argument("--data-dir", type=Path, help="CIFAR-10 as a folder of images")
-    parser.add_argument("--out", type=Path, default=ROOT / "runs", help="for checkpoints")
-    parser.add_argument("--jobs", type=int, default=2, help="processes at a time")
+    parser.add_argument("--out", type=Path, default=ROOT / "runs")
+    parser.add_argument("--jobs", type=int, default=2)
     args = parser.parse_args()
     if args.plan == "report":
         print(report())

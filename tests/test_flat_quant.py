@@ -2,7 +2,6 @@
 
 import copy
 import math
-from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -177,10 +176,8 @@ def test_statistics_of_each_epoch_and_strength_of_each_step(method, bits, train,
 
 def test_strength_zero_is_plain_sgd_bit_for_bit(train):
     plain = train("sgd")["sgd"][0].state_dict()
-    for method, strength in (("weight+activation+sam", 0), ("additive", 0), ("activation", 1)):
-        other, _ = train(method, noise_lambda=strength, sam_rho=0)[method]
-        with pytest.raises(AssertionError) if strength else nullcontext():
-            same(other.state_dict(), plain)
+    for method in ("weight+activation+sam", "additive"):
+        same(train(method, noise_lambda=0, sam_rho=0)[method][0].state_dict(), plain)
 
 
 def test_noise_while_the_weights_stay_leaves_no_trace(train, network, tiny_data):
