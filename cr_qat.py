@@ -35,7 +35,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 PAPER = {"model": "resnet18", "stem": "imagenet", "dataset": "cifar10", "batch_size": 256,
          "lr": 0.01, "epochs": 200, "weight_decay": 5e-4,
-         # Above: the protocol of their FPQ paper (we infer the stem). Below: ours [choice].
+         # Above: FPQ's protocol (we infer the stem). Below, and --augment: ours [choice].
          "lambda_max": 1.0, "ema": 0.999, "ramp_epochs": 5.0,  # after the mean teacher
          "fp_epochs": 200, "fp_lr": 0.1, "fp_weight_decay": 5e-4, "pad": 4}
 

@@ -37,7 +37,7 @@ from torch.optim.swa_utils import AveragedModel
 
 PAPER = {"model": "resnet18", "dataset": "cifar100", "wbits": 2, "abits": 4, "batch_size": 256,
          "fp_lr": 0.015, "fp_weight_decay": 5e-4, "fp_epochs": 120, "ramp_epochs": 20.0, "pad": 4,
-         "label_smoothing": 0.1, "swa_rate": 0.01}
+         "label_smoothing": 0.1, "swa_rate": 0.01, "noise_lambda": 1.0}
 # The authors' values. The cosine down to the held rate and the warm-up are ours [choice].
 
 # sgd is the plain network; the weight noises are told apart in `train`.
@@ -55,7 +55,7 @@ def parse_args() -> Namespace:
     common.add_flags(
         parser, "method",
         ("--method", METHODS, ["sgd", "weight+activation"], "what to train, each also with SWA"),
-        ("--noise-lambda", number(float, 0, 1e3), 1.0, "noise relative to the measured error"),
+        ("--noise-lambda", number(float, 0, 1e3), 2.0, "noise relative to the measured error"),
         ("--ramp-epochs", number(float, 0, 1e6), 5.0, "until lambda is reached"),
         ("--rho", number(float, 0, 1), 0.5, "share of the activations with noise"),
         ("--mask", ["uniform", "salience"], "uniform", "at random, or more in large channels"),
@@ -232,9 +232,9 @@ def train(args: Namespace, data: Data, method: str, seed: int) -> dict[str, tupl
     does not touch training, so one run gives both.
 
     Three injections are known, of which we build two. Differential, "weight": n_t leaves after the
-    step, so weight decay sees w + n_t. "additive" [choice]: n_t leaves before it, so decay sees w;
-    we expect no difference beyond chance. A zero-mean pair: two passes, at w + n and w - n, for one
-    step. "isotropic" and "wrong-bits" are differential controls, of another shape and size.
+    step, so weight decay sees w + n_t. "additive" [choice]: n_t leaves before it, so decay sees w.
+    A zero-mean pair: two passes, at w + n and w - n, for one step. "isotropic" and "wrong-bits" are
+    differential controls, of another shape and size.
     """
     parts, on_weights, on_activations = method.split("+"), None, None
     torch.manual_seed(common.random_stream("weights", seed))

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 PAPER = {"model": "resnet18", "stem": "imagenet", "dataset": "cifar10", "batch_size": 256,
          "lr": 0.01, "epochs": 200, "weight_decay": 5e-4, "p": 0.1,
-         # So far section 4, but for the stem, which we infer; full precision's are [choice]s.
+         # Above: section 4; we infer the stem. Below, and --augment, ours [choice].
          "fp_epochs": 200, "fp_lr": 0.1, "fp_weight_decay": 5e-4, "pad": 4}
 
 # Which of (--p, --csd-weight, --kd-weight, --sam-rho) act in a method; kd and sam are rivals.

@@ -36,7 +36,7 @@ from torch import Tensor, nn
 
 PAPER = {"model": "resnet18", "stem": "imagenet", "dataset": "cifar10", "batch_size": 256,
          "lr": 0.01, "epochs": 200, "weight_decay": 5e-4,
-         # Above: the protocol of their FPQ paper (we infer the stem). Below: ours [choice].
+         # Above: FPQ's protocol (we infer the stem). Below, and --augment: ours [choice].
          "fp_epochs": 200, "fp_lr": 0.1, "fp_weight_decay": 5e-4, "pad": 4}
 
 # The gates of the mixture (None: no coding length), and whether --branch is exchanged.
