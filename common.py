@@ -1,6 +1,6 @@
 """This module holds what the four papers take for granted, and no method: quantizers, networks,
 data, a run (flags, seeds, checkpoints, results), evaluation, flatness. Equation numbers are FPQ's
-(arXiv 2503.11159, section 3.1), whose protocol we take for all. We mark our own decisions [choice]."""
+(arXiv 2503.11159, section 3.1), whose protocol all four take. Our own decisions: [choice]."""
 
 import copy
 import ctypes
