@@ -40,10 +40,9 @@ PAPER = {"model": "resnet18", "dataset": "cifar100", "wbits": 2, "abits": 4, "ba
          "label_smoothing": 0.1, "swa_rate": 0.01, "noise_lambda": 1.0}
 # The authors' values. The cosine down to the held rate and the warm-up are ours [choice].
 
-# sgd is the plain network; the weight noises are told apart in `train`.
 WEIGHT_NOISES = ["weight", "additive", "isotropic", "wrong-bits"]
 METHODS = ["sgd", *WEIGHT_NOISES, "activation", "weight+activation", "sam"]
-PTQ_BITS = [(8, 8), (4, 4), (3, 4), (2, 4)]
+PTQ_BITS = [(8, 8), (4, 4), (3, 4), (2, 4), (2, 2)]
 PROBES, ITERATIONS = 8, 15  # of the Hessian's trace and of its top eigenvalue
 FLATNESS = "trace", "trace_error", "top_eigenvalue"  # in results.jsonl; error: standard error
 
@@ -64,6 +63,7 @@ def parse_args() -> Namespace:
                                                  "held while SWA averages; 0: a cosine to the end"),
         ("--sam-rho", number(float, 0, 1e3), 0.05, "radius of SAM's ascent"),
         ("--noise-bits", number(int, 2, 8), 8, "at which wrong-bits, a control, measures"),
+        ("--ptq-batch-norm", bool, False, "statistics of batch norm anew after PTQ"),
         ("--study", bool, False, "train all methods"),
         ("--measure", bool, False, "the errors of each layer, and how Gaussian they are"))
     args = common.parse(parser, PAPER)
@@ -295,16 +295,19 @@ def train(args: Namespace, data: Data, method: str, seed: int) -> dict[str, tupl
 
 def ptq(args: Namespace, data: Data, network: nn.Module, wbits: int, abits: int) -> nn.Module:
     """Post-training quantization: weights rounded to nearest, per channel; inputs per tensor, from
-    100 training images; first and last layer at 8 bits."""
-    quantized = common.quantize(network, wbits, abits, args.quantizer)
-    common.calibrate(quantized, data.sample(100)[0], batch_stats=False)
+    100 training images, as are batch norm's statistics with --ptq-batch-norm [choice]; first and
+    last layer at 8 bits."""
+    quantized, images = common.quantize(network, wbits, abits, args.quantizer), data.sample(100)[0]
+    common.calibrate(quantized, images, batch_stats=False)
+    if args.ptq_batch_norm:
+        common.update_bn([images], quantized)
     return quantized.eval()
 
 
 def quantized_results(args: Namespace, data: Data, network: nn.Module, result: dict) -> list[dict]:
     """Results of `network` after PTQ, at the bits asked for and at PTQ_BITS, with its flatness."""
     flatness = dict(zip(FLATNESS, common.sharpness(network, data, PROBES, ITERATIONS)))
-    results = []
+    flatness["command"], results = args.command, []  # of this PTQ, not of the training
     for wbits, abits in dict.fromkeys([(args.wbits, args.abits), *PTQ_BITS]):
         acc, loss = common.evaluate(ptq(args, data, network, wbits, abits), data)
         results.append(common.record(args.out, result | flatness | {

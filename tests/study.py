@@ -59,8 +59,7 @@ def run(commands: list[str], data: Path, data_dir: Path, out: Path, jobs: int) -
                 if row["command"].startswith(command + " --data-dir") and code == 0]
         with data.open("ab", buffering=0) as file:  # one write: all or nothing
             file.write("".join(json.dumps(row) + "\n" for row in rows).encode())
-        print(f"exit code {code}, {len(rows)} results of command {missing.index(command) + 1} of "
-              f"{len(missing)}: {command}", flush=True)
+        print(f"exit code {code}, {len(rows)} results: {command}", flush=True)
     out.mkdir(parents=True, exist_ok=True)
     done = {row["command"] for row in read(data)}
     missing = [command for command in commands if command not in done]
@@ -100,8 +99,8 @@ def values(table: dict, names: list, column: list, found: dict, what: str = "acc
 
 def moments(sample: list[float]) -> tuple[float, float]:
     """(mean, standard error), nan where there are too few values."""
-    error = np.std(sample, ddof=1) / len(sample) ** 0.5 if len(sample) > 1 else np.nan
-    return np.mean(sample) if sample else np.nan, error
+    sample = sample or [np.nan]
+    return np.mean(sample), np.std(sample) / (len(sample) - 1 or np.nan) ** 0.5
 
 
 def tuning_table(found: dict) -> str:
@@ -194,9 +193,9 @@ def charts(found: dict) -> list[str]:
 def report() -> str:
     """All tables, verdicts and charts, from the data."""
     found = index(read(DATA / "study.jsonl"))
-    parts = [tuning_table(index(read(DATA / "tuning.jsonl"))), verdicts(found), *charts(found),
-             *(study_table(table, found) for table in PLAN["study"])]
-    return "\n\n".join(filter(None, parts))
+    return "\n\n".join(filter(None, [
+        tuning_table(index(read(DATA / "tuning.jsonl"))), verdicts(found), *charts(found),
+        *(study_table(table, found) for table in PLAN["study"])]))
 
 
 def main() -> None:

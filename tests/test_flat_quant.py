@@ -213,6 +213,8 @@ def test_ptq_rounds_as_was_measured_and_fits_the_inputs_of_evaluation(parse, tin
     assert isinstance(layer.input_quantizer, common.PACT) and layer.input_quantizer.bits == 4
     fine = flat_quant.ptq(args, tiny_data, network.train(), 8, 8)
     assert (fine(images) - exact).norm() < 0.1 * exact.norm() and not fine.training
+    args.ptq_batch_norm = True
+    assert (flat_quant.ptq(args, tiny_data, network, 8, 8)[0][1].running_var > 1e-3).all()
 
 
 def test_study_as_a_user_runs_it(run, monkeypatch):
