@@ -61,7 +61,7 @@ def parse_args() -> Namespace:
         ("--label-smoothing", number(float, 0, 1), 0.0, "of the labels in training"),
         ("--swa-rate", number(float, 0, 1), 0.0, "share of the peak at which the learning rate is "
                                                  "held while SWA averages; 0: a cosine to the end"),
-        ("--sam-rho", number(float, 0, 1e3), 0.05, "radius of SAM's ascent"),
+        ("--sam-rho", number(float, 0, 1e3), 0.2, "radius of SAM's ascent"),
         ("--noise-bits", number(int, 2, 8), 8, "at which wrong-bits, a control, measures"),
         ("--ptq-batch-norm", bool, False, "statistics of batch norm anew after PTQ"),
         ("--study", bool, False, "train all methods"),
