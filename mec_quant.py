@@ -39,7 +39,7 @@ PAPER = {"model": "resnet18", "stem": "imagenet", "dataset": "cifar10", "batch_s
          # Above: FPQ's protocol (we infer the stem). Below, and --augment: ours [choice].
          "fp_epochs": 200, "fp_lr": 0.1, "fp_weight_decay": 5e-4, "pad": 4}
 
-# The gates of the mixture (None: no coding length), and whether --branch is exchanged.
+# The gates of the mixture (None: no coding length), and whether Z2 is what --branch does not say.
 METHODS = {"baseline": (None, False), "mec": ("one", False), "mec-quant": ("scale", False),
            "branch": ("scale", True), "random": ("random", False), "kd": (None, False)}
 ORDERS = (2, 4, 8)  # of the series that --diagnose compares with the exact value
