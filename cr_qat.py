@@ -57,7 +57,7 @@ def parse_args() -> Namespace:
         ("--lambda-max", number(float, 0, 1e6), 0.3, "weight of L_con after the ramp"),
         ("--ramp-epochs", number(float, 0, 1e6), 2.0, "T: length of the ramp"),
         ("--temperature", number(float, 0.01, 1e3), 1.0, "of the softmax in L_con"),
-        ("--ema", number(float, 0, 1), 0.99, "alpha: memory of the moving average"),
+        ("--ema", number(float, 0, 1), 0.9, "alpha: memory of the moving average"),
         ("--views", VIEWS, [], "the student's augmentation, then the teacher's (the same if left "
                                "out); the baseline always has --augment"),
         ("--labels", number(int, 1, 10**9), None, "labels to keep (all); an epoch is then "

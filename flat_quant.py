@@ -5,8 +5,8 @@ The idea. Post-training quantization (PTQ) moves a finished network by its round
 network in a flat place of the loss does not mind, so one trains for flatness in full precision.
 Differential Noise-driven Quantization (DNQ) measures the errors that weights and activations will
 make at the bits aimed for, models both as independent Gaussian noise, and trains under fresh noise
-of just that size: on the weights, where each step's noise is removed before the next, and on a
-random share of the activations. The weights of the last epochs are averaged (stochastic weight
+of that size times lambda: on the weights, where each step's noise is removed before the next, and
+on a random share of the activations. The weights of the last epochs are averaged (stochastic weight
 averaging, SWA). Then the network is quantized, by the quantizer that measured the errors.
 
 Only the abstract of this paper was at hand. The rest follows summaries and the authors' later work;
@@ -63,7 +63,6 @@ def parse_args() -> Namespace:
                                                  "held while SWA averages; 0: a cosine to the end"),
         ("--sam-rho", number(float, 0, 1e3), 0.2, "radius of SAM's ascent"),
         ("--noise-bits", number(int, 2, 8), 8, "at which wrong-bits, a control, measures"),
-        ("--ptq-batch-norm", bool, False, "statistics of batch norm anew after PTQ"),
         ("--study", bool, False, "train all methods"),
         ("--measure", bool, False, "the errors of each layer, and how Gaussian they are"))
     args = common.parse(parser, PAPER)
@@ -295,36 +294,37 @@ def train(args: Namespace, data: Data, method: str, seed: int) -> dict[str, tupl
 
 def ptq(args: Namespace, data: Data, network: nn.Module, wbits: int, abits: int) -> nn.Module:
     """Post-training quantization: weights rounded to nearest, per channel; inputs per tensor, from
-    100 training images, as are batch norm's statistics with --ptq-batch-norm [choice]; first and
-    last layer at 8 bits."""
-    quantized, images = common.quantize(network, wbits, abits, args.quantizer), data.sample(100)[0]
-    common.calibrate(quantized, images, batch_stats=False)
-    if args.ptq_batch_norm:
-        common.update_bn([images], quantized)
+    100 training images; first and last layer at 8 bits."""
+    quantized = common.quantize(network, wbits, abits, args.quantizer)
+    common.calibrate(quantized, data.sample(100)[0], batch_stats=False)
     return quantized.eval()
 
 
 def quantized_results(args: Namespace, data: Data, network: nn.Module, result: dict) -> list[dict]:
-    """Results of `network` after PTQ, at the bits asked for and at PTQ_BITS, with its flatness."""
+    """Results of `network` after PTQ, at the bits asked for and at PTQ_BITS, with its flatness.
+    "acc_batch_norm" is with batch norm's statistics anew, from the calibration images [choice]."""
     flatness = dict(zip(FLATNESS, common.sharpness(network, data, PROBES, ITERATIONS)))
-    flatness["command"], results = args.command, []  # of this PTQ, not of the training
+    results = []
     for wbits, abits in dict.fromkeys([(args.wbits, args.abits), *PTQ_BITS]):
-        acc, loss = common.evaluate(ptq(args, data, network, wbits, abits), data)
+        quantized = ptq(args, data, network, wbits, abits)
+        acc, loss = common.evaluate(quantized, data)
+        common.update_bn([data.sample(100)[0]], quantized)
         results.append(common.record(args.out, result | flatness | {
-            "quantizer": args.quantizer, "wbits": wbits, "abits": abits, "acc": acc, "loss": loss}))
+            "quantizer": args.quantizer, "wbits": wbits, "abits": abits, "acc": acc, "loss": loss,
+            "acc_batch_norm": common.evaluate(quantized, data)[0]}))
     return results
 
 
-def ptq_table(results: list[dict]) -> str:
+def ptq_table(results: list[dict], figure: str = "acc") -> str:
     """Accuracy of each network (row) at each pair of bits (column), and its difference to the first
     row with the same seed; mean ± standard error."""
     accs, first = {}, results[0]
     for r in results:
         row = accs.setdefault(r["method"], {})
-        row.setdefault((r["wbits"], r["abits"]), {})[r["seed"]] = r["acc"]
+        row.setdefault((r["wbits"], r["abits"]), {})[r["seed"]] = r.get(figure, r["acc"])
     reference, lines = accs[first["method"]], [
         f"\n{first['dataset']}, {first['train_size']} training images, {first['model']}, augment "
-        f"{first['augment']}; {first['split']} accuracy % before and after PTQ, and against the "
+        f"{first['augment']}; {first['split']} {figure} % before and after PTQ, and against the "
         "first row", f"{'method':<24}" + "".join(f"{f'W{w}A{a}':<30}" for w, a in accs[
             first["method"]]).replace("W32A32", "FP    ")]
     for method, row in accs.items():
@@ -346,7 +346,7 @@ def main() -> None:
         last = [(result, quantized_results(args, data, network, result))
                 for network, result in networks.values()]
         results += [r for result, after in last for r in (result, *after)]
-    print(ptq_table(results))
+    print(ptq_table(results), ptq_table(results, "acc_batch_norm"), sep="\n")
     print(f"\nflatness, last seed; drop in points by PTQ at W{args.wbits}A{args.abits}")
     print_row("method", "drop", *FLATNESS)
     for before, (after, *_) in last:

@@ -26,8 +26,9 @@ from common import FP_FLAGS, mean_and_error  # noqa: E402
 
 # Two lists of tables. A row is [name, script and flags, method of the result, published gain if
 # any]; the first row is the reference; "fp" is the full precision that it starts from. A column is
-# [heading, flags, bits of weights, of activations]. A claim, [paper, text, table, columns, row,
-# other row, figure, margin], holds in a column if row - other row - 2 standard errors > margin.
+# [heading, flags, bits of weights, of activations, figure if not acc]. A claim, [paper, text,
+# table, columns, row, other row, figure, margin], holds in a column if row - other row - 2 standard
+# errors > margin.
 PLAN = json.loads((DATA / "plan.json").read_text())
 
 
@@ -77,7 +78,7 @@ def index(rows: list[dict]) -> dict:
     fp, found = {start(r): r for r in rows if r["method"] == "fp"}, {}
     for r in rows:
         by_epoch = {f"{name} {h['epoch']}": np.ravel(h[name])[0]
-                    for h in r.get("history", []) for name in ("trace", "gradient")}
+                    for h in r.get("history", []) for name in ("trace", "gradient") if name in h}
         found[r["command"], r["method"], r["wbits"], r["abits"]] = r | by_epoch
         found[r["command"], "fp", r["wbits"], r["abits"]] = fp.get(start(r), {})
     return found
@@ -90,8 +91,8 @@ def values(table: dict, names: list, column: list, found: dict, what: str = "acc
         terms = []
         for row in map(rows.__getitem__, names):
             trained = table["rows"][0] if row[2] == "fp" else row
-            key = command(table, trained, column, seed), row[2], *column[2:]
-            terms.append(found.get(key, {}).get(what))
+            key = command(table, trained, column, seed), row[2], *column[2:4]
+            terms.append(found.get(key, {}).get(*column[4:] or [what]))
         if None not in terms:
             by_seed.append(terms[0] - sum(terms[1:]))
     return by_seed
@@ -111,7 +112,8 @@ def tuning_table(found: dict) -> str:
         cells = ["", ""]
         for i, column in enumerate(table["columns"]):
             acc = {name: values(table, [name], column, found) for name, *_ in table["rows"]}
-            cells[i] = ", ".join(f"{name}: {np.mean(a):.1f}" for name, a in acc.items() if a)
+            cells[i] = ", ".join(f"{name}: {np.mean(a):.1f}" + " (1)" * (len(a) < 2)
+                                 for name, a in acc.items() if a)
         lines.append(f"| {table['title']} | {' | '.join(cells)} |")
     return "\n".join(lines)
 

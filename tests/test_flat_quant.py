@@ -1,6 +1,7 @@
 """DNQ: the errors and their statistics, the noises, SAM, training, averaging, PTQ, the script."""
 
 import copy
+from contextlib import nullcontext
 import math
 
 import numpy as np
@@ -176,8 +177,10 @@ def test_statistics_of_each_epoch_and_strength_of_each_step(method, bits, train,
 
 def test_strength_zero_is_plain_sgd_bit_for_bit(train):
     plain = train("sgd")["sgd"][0].state_dict()
-    for method in ("weight+activation+sam", "additive"):
-        same(train(method, noise_lambda=0, sam_rho=0)[method][0].state_dict(), plain)
+    for method, strength in (("weight+activation+sam", 0), ("additive", 0), ("activation", 1)):
+        other, _ = train(method, noise_lambda=strength, sam_rho=0)[method]
+        with pytest.raises(AssertionError) if strength else nullcontext():
+            same(other.state_dict(), plain)
 
 
 def test_noise_while_the_weights_stay_leaves_no_trace(train, network, tiny_data):
@@ -213,8 +216,8 @@ def test_ptq_rounds_as_was_measured_and_fits_the_inputs_of_evaluation(parse, tin
     assert isinstance(layer.input_quantizer, common.PACT) and layer.input_quantizer.bits == 4
     fine = flat_quant.ptq(args, tiny_data, network.train(), 8, 8)
     assert (fine(images) - exact).norm() < 0.1 * exact.norm() and not fine.training
-    args.ptq_batch_norm = True
-    assert (flat_quant.ptq(args, tiny_data, network, 8, 8)[0][1].running_var > 1e-3).all()
+    result = flat_quant.quantized_results(args, tiny_data, network, {"seed": 0})[0]
+    assert result["acc_batch_norm"] > result["acc"]
 
 
 def test_study_as_a_user_runs_it(run, monkeypatch):
@@ -226,7 +229,7 @@ def test_study_as_a_user_runs_it(run, monkeypatch):
     monkeypatch.setattr(flat_quant, "PTQ_BITS", [])
     done = run("flat_quant", "--dry-run", "--dataset", "shapes", "--study", "--measure")
     rows = [line.split() for line in done.out.splitlines()]
-    for row in ("method FP W2A2", "sgd 1.00 6.00", "wrong-bits 4.00 +3.00 8.00 +2.00",
-                "sgd+swa -5.00 7.00 8.00 9.00"):
+    for row in ("method FP W2A2", "sgd 1.00 6.00", "wrong-bits 4.00 +3.00 10.00 +4.00",
+                "sgd 1.00 7.00", "sgd+swa -6.00 7.00 8.00 9.00"):
         assert row.split() in rows
     assert len(done.results) == 8 and "corr(dW, W)" in done.out

@@ -14,6 +14,7 @@ import signal
 import sys
 import time
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -123,11 +124,8 @@ def test_killed_and_resumed_ends_as_undisturbed(seed, script, images, undisturbe
 
 
 def test_ctrl_c_is_one_line_and_keeps_the_epochs_before(run, images, tmp_path, monkeypatch):
-    monkeypatch.setattr(common, "update_bn", lambda *_: signal.raise_signal(signal.SIGINT))
-    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
-    result = run("fpq", SHORT, images)
-    signal.signal(signal.SIGINT, previous)
-    assert_one_line(result, "interrupted; --resume goes on", 130)
+    monkeypatch.setattr(common, "update_bn", Mock(side_effect=KeyboardInterrupt))
+    assert_one_line(run("fpq", SHORT, images), "interrupted; --resume goes on", 130)
     assert len(torch.load(next(tmp_path.glob("fp-*.pt")))["history"]) == 2
 
 
@@ -201,17 +199,13 @@ def test_one_bad_value_per_flag_is_one_line_and_writes_nothing(script, run, imag
     assert len(flags) > 30
 
 
-def of(kind, name="00.png"):
-    return lambda root: Image.fromarray(np.zeros((32, 32), kind)).save(root / "train/a" / name)
-
-
 @pytest.mark.parametrize("spoil", [
-    of(np.uint16), of(np.float32, "x.tiff"),
+    lambda root: Image.fromarray(np.zeros((9, 9), np.float32)).save(root / "train/a/x.tiff"),
     lambda root: os.truncate(root / "train/a/00.png", 900),
     lambda root: (root / "train/d").mkdir(), lambda root: shutil.rmtree(root / "test/c"),
     lambda root: [shutil.rmtree(p) for p in root.glob("*/[bc]")],
     lambda root: [shutil.rmtree(root / "train"), (root / "train").write_text("")],
-], ids="16-bit float truncated empty missing one file".split())
+], ids="float truncated empty missing one file".split())
 def test_bad_folders_are_one_line(spoil, images, run, tmp_path):
     folder, out = shutil.copytree(images, tmp_path / "images"), tmp_path / "out"
     spoil(folder)
