@@ -966,7 +966,7 @@ def sharpness(model: nn.Module, data: Data, probes: int = 8, iters: int = 0) -> 
 
 @contextmanager
 def shifted(params, shifts):
-    """Adds shifts to params; at its end takes them back, bit for bit, and keeps a step of SGD."""
+    """Adds shifts to params, and takes them back bit for bit at its end; a step within is kept."""
     params = [p.detach() for p in params]  # the same memory
     latent = [p.clone() for p in params]
     moved = [p.add_(shift).clone() for p, shift in zip(params, shifts)]
