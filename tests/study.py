@@ -58,7 +58,7 @@ def run(commands: list[str], data: Path, data_dir: Path, out: Path, jobs: int) -
                                   env=os.environ | {"OMP_NUM_THREADS": "1"}).returncode
         rows = [row | {"command": command} for row in read(out / "results.jsonl")
                 if row["command"].startswith(command + " --data-dir") and code == 0]
-        with data.open("ab", buffering=0) as file:  # one write: all or nothing
+        with data.open("ab", buffering=0) as file:  # one write: a kill leaves no half line
             file.write("".join(json.dumps(row) + "\n" for row in rows).encode())
         print(f"exit code {code}, {len(rows)} results: {command}", flush=True)
     out.mkdir(parents=True, exist_ok=True)
@@ -168,8 +168,8 @@ def charts(found: dict) -> list[str]:
     def mean(table, name, column, what="acc"):
         return moments(values(table, [name], column, found, what))[0]
 
-    fpq, dnq, bars = PLAN["study"][0], PLAN["study"][3], {}
-    none, bits = fpq["columns"][0], dnq["columns"]
+    fpq, _, _, dnq, *_ = PLAN["study"]
+    none, bits, bars = fpq["columns"][0], dnq["columns"], {}
     for name, _, _, *gain in fpq["rows"][1:]:
         bars[name] = moments(values(fpq, [name, "baseline"], none, found))
         bars |= {f"{name}, published": (float(g), 0) for g in gain}
@@ -203,7 +203,7 @@ def report() -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split(":")[0])
     parser.add_argument("plan", choices=["tuning", "study", "report"])
-    parser.add_argument("--data-dir", type=Path, help="CIFAR-10 as a folder of images")
+    parser.add_argument("--data-dir", type=Path)
     parser.add_argument("--out", type=Path, default=ROOT / "runs")
     parser.add_argument("--jobs", type=int, default=2)
     args = parser.parse_args()

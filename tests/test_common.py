@@ -186,9 +186,9 @@ def test_progress_is_for_a_terminal_only(terminal, parse, tiny_data, capsys, mon
     for _ in run.epochs():
         for i, _ in enumerate(run.batches()):
             run.log(loss=torch.tensor(i + 1.0))
-    *steps, _ = re.split(" *\r", capsys.readouterr().out.split("\n")[0])
+    *steps, row = re.split(" *\r", capsys.readouterr().out.split("\n")[0])
     shown = ["step 2/4  loss 1.5000  1 s left", "step 4/4  loss 2.5000  0 s left"]
-    assert steps == (shown if terminal else [])
+    assert steps == (shown if terminal else []) and row.endswith("3.0 s  left 0:06")
 
 
 @pytest.mark.parametrize("script,augment,pad,more", [
