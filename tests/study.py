@@ -149,7 +149,7 @@ def verdicts(found: dict) -> str:
             holds.append(mean - 2 * error > margin)
         verdict = ("" if min(counts) < 3 else
                    "yes" if all(holds) else "in part" if any(holds) else "not shown")
-        lines.append(f"| {paper} | {claim} | {what}, {name} - {than}: {', '.join(cells)} | "
+        lines.append(f"| {paper} | {claim} | {title}: {what}, {name} - {than}: {', '.join(cells)} | "
                      f"{verdict} |")
     return "\n".join(lines)
 
