@@ -149,8 +149,8 @@ def verdicts(found: dict) -> str:
             holds.append(mean - 2 * error > margin)
         verdict = ("" if min(counts) < 3 else
                    "yes" if all(holds) else "in part" if any(holds) else "not shown")
-        lines.append(f"| {paper} | {claim} | {title}: {what}, {name} - {than}: {', '.join(cells)} | "
-                     f"{verdict} |")
+        lines.append(f"| {paper} | {claim} | {title}: {what}, {name} - {than}: {', '.join(cells)} "
+                     f"| {verdict} |")
     return "\n".join(lines)
 
 
