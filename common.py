@@ -1,6 +1,6 @@
-"""This module holds what the four papers take for granted, and no method: quantizers, networks,
-data, a run (flags, seeds, checkpoints, results), evaluation, flatness. Equation numbers are FPQ's
-(arXiv 2503.11159, section 3.1), whose protocol all four take. Our own decisions: [choice]."""
+"""What the four papers share, but no method: quantizers, networks, data, runs (flags, seeds,
+checkpoints, results), evaluation, flatness. Equation numbers are those of FPQ (feature-perturbed
+quantization, arXiv 2503.11159), whose protocol all four take. [choice] marks our own decisions."""
 
 import copy
 import ctypes
@@ -40,9 +40,9 @@ TINY = 1e-12  # no step size is smaller, so x / s stays finite should one become
 
 def fake_quantize_definition(x: Tensor, step_size: Tensor, zero_point: float, qmin: int,
                              qmax: int) -> Tensor:
-    """Fake quantization (Eq. 3) with the gradients of LSQ (Esser et al. 2020), in three lines. It
-    rounds values to a grid of 2^bits levels, but leaves them floats; z is whole. Rounding has
-    gradient 0 almost everywhere; the straight-through estimator (STE) makes it 1.
+    """Fake quantization (Eq. 3) with the gradients of LSQ (learned step size quantization, Esser et
+    al. 2020). It rounds x to a grid of q_max - q_min + 1 floats. s > 0 broadcasts against x; z is a
+    whole number. Rounding has gradient 0 almost everywhere; the straight-through estimator says 1.
 
         x_hat = (clip(round(x/s) + z, q_min, q_max) - z) * s"""
     v = torch.clamp(x / step_size, qmin - zero_point, qmax - zero_point)
@@ -52,20 +52,20 @@ def fake_quantize_definition(x: Tensor, step_size: Tensor, zero_point: float, qm
 
 def fake_quantize(x: Tensor, step_size: Tensor, zero_point: Tensor | float, qmin: int, qmax: int,
                   grad_scale: float = 1.0) -> Tensor:
-    """The same in fewer passes over memory, and twice differentiable; only x exactly on a bound
-    differs: it has no gradient. step_size > 0 and zero_point broadcast against x; dL/ds is
-    multiplied by grad_scale. A zero_point that is a number is whole, and is subtracted from both
-    bounds instead; a tensor may hold 1/2 (one bit: -s/2 and s/2).
+    """`fake_quantize_definition` in fewer passes over memory, and twice differentiable. It differs
+    only where x lies exactly on a bound: such an x counts as outside. step_size > 0 and zero_point
+    broadcast against x; dL/ds is multiplied by grad_scale. A zero_point that is a number is whole;
+    a tensor may hold 1/2 (a one-bit weight, see `Quantizer`).
 
         dx_hat/dx = 1 if q_min < x/s + z < q_max else 0             compares x/s, not round(x/s)
-        dx_hat/ds = round(x/s) - x/s inside, q_min - z below, q_max - z above"""
+        dx_hat/ds = x_hat/s - x/s inside, q_min - z below, q_max - z above"""
     if not isinstance(zero_point, Tensor):
         qmin, qmax, zero_point = qmin - zero_point, qmax - zero_point, None
     return FakeQuantize.apply(x, step_size, zero_point, qmin, qmax, grad_scale)
 
 
 class FakeQuantize(torch.autograd.Function):
-    """The passes of `fake_quantize`. It saves only what the layers around it hold anyway."""
+    """The autograd function of `fake_quantize`. It saves only what adjacent layers hold anyway."""
 
     @staticmethod
     def forward(ctx, x, step_size, zero_point, qmin, qmax, grad_scale):
@@ -101,17 +101,17 @@ class FakeQuantize(torch.autograd.Function):
 
 
 def scale_gradient(t, scale):
-    """t, whose gradient is multiplied by `scale`."""
+    """Return t unchanged; the gradient that flows back to it is multiplied by `scale`."""
     scaled = t * scale
     return t.detach() + (scaled - scaled.detach())  # the difference is exactly 0
 
 
 class Quantizer(nn.Module):
-    """LSQ: a learned step size and a fixed zero point, for a tensor or per channel (dim 0). Levels
-    are 0 to qmax = 2^bits - 1, of 1 to 8 bits. step_size is NaN until `initialize`; its sign has no
-    meaning. A one-bit weight (with `channels`) has z = 1/2: it is -s/2 or s/2; an activation is 0
-    or s (or -s or 0) [choice]. Step sizes of 8 bits stay as calibrated [choice]: LSQ makes them
-    grow until few levels are used."""
+    """LSQ: a learned step size and a fixed zero point, per tensor or, with `channels`, per channel
+    (dim 0). The levels are 0 to qmax = 2^bits - 1, with 1 to 8 bits. step_size is NaN until
+    `initialize`; only its magnitude counts. A one-bit weight (with `channels`) has z = 1/2 and is
+    -s/2 or s/2; a one-bit activation is 0 or s (or -s or 0) [choice]. 8-bit step sizes stay as
+    calibrated [choice]: LSQ makes them grow until few levels are used."""
 
     decays = False  # whether weight decay applies to the learned parameters [choice]
 
@@ -135,27 +135,27 @@ class Quantizer(nn.Module):
         return self.step_size.abs().clamp_min(TINY).reshape(shape), self.zero_point.reshape(shape)
 
     def grad_scale(self, x):
-        """LSQ's 1 / sqrt(N q_max); N elements of x share a step size. As in MQBench, N counts the
-        batch for activations; LSQ's text leaves it out [choice]. Weights have q_max = 2^bits - 1,
-        too, as their grid is not LSQ's signed one [choice]."""
+        """LSQ's 1 / sqrt(N q_max), where N elements of x share one step size. For activations N
+        counts the batch, too, as in MQBench but not in LSQ's text [choice]. Weights also have
+        q_max = 2^bits - 1, because their grid is not LSQ's signed one [choice]."""
         return (x.numel() / self.step_size.numel() * self.qmax) ** -0.5
 
     def forward(self, x):
         step_size, zero_point = self.grid(x)
         if self.number is None:
             if self.step_size.isnan().any():
-                raise RuntimeError("no step size yet: call common.calibrate(network, images)")
+                raise RuntimeError("no step size yet: first call common.calibrate(qmodel, images)")
             self.number = zero_point.tolist()
         return fake_quantize(x, step_size, zero_point if self.channels else self.number, 0,
                              self.qmax, self.grad_scale(x))
 
     @torch.no_grad()
     def initialize(self, x, candidates=100):
-        """Step size and zero point from data, by Eq. 4-5 on the fraction a of the range that gives
-        the least squared error [choice; the paper has a = 1]. The range is widened to hold 0
-        [choice]: zero padding and the zeros of a ReLU stay exact.
+        """Set step size and zero point from x by Eq. 4-5. Of `candidates` fractions a of the range
+        we keep the one with the least squared error [choice; the paper has a = 1]. The range always
+        contains 0 [choice], so that zero padding and the zeros of a ReLU stay exact.
 
-            s = a S,  S = (x_max - x_min) / (2^q - 1),  z = round(q_max - x_max / S)"""
+            s = a S,  S = (x_max - x_min) / (2^bits - 1),  z = round(q_max - x_max / S)"""
         rows = x.reshape(self.channels or 1, -1)
         low, high = rows.amin(1).clamp_max(0), rows.amax(1).clamp_min(0)
         one_bit_weight = self.bits == 1 and self.channels
@@ -163,7 +163,7 @@ class Quantizer(nn.Module):
             high = torch.maximum(-low, high)
             low = -high
         s = (high - low) / self.qmax  # Eq. 4
-        # A channel of zeros has no range: it takes the others' largest step size, or 1, as range.
+        # A channel of zeros has no range: its S is the largest of the other channels, or 1.
         s = torch.where(s > TINY, s, s.max() if s.max() > TINY else s + 1)
         z = s * 0 + 0.5 if one_bit_weight else (self.qmax - high / s).round()  # Eq. 5
         rows = rows[:, ::rows.shape[1] // 65536 | 1]  # a sample; odd stride, to meet all columns
@@ -197,13 +197,13 @@ class LSQPlus(Quantizer):
 
 
 class PACT(Quantizer):
-    """PACT (Choi et al. 2018), for activations: only clipped values move the clip alpha. The
-    parameter is s, its gradient scaled so that alpha moves as if it were the parameter. alpha
-    starts where LSQ's range ends; negative data are clipped at -z s as by LSQ [choices].
+    """PACT (parameterized clipping activation, Choi et al. 2018): only clipped values move alpha.
+    The parameter is s; its gradient is scaled so that alpha moves as if it were the parameter.
+    alpha starts at the end of LSQ's range; if z > 0, we also clip at -z s, as LSQ does [choices].
 
         x_hat = round(clip(x, 0, alpha) / s) s,  s = alpha / q_max   dx_hat/dalpha = [x >= alpha]"""
 
-    decays = True  # as in the paper: nothing else makes alpha smaller
+    decays = True  # as in the paper: weight decay keeps alpha, and so the rounding error, small
 
     def forward(self, x):
         x_hat, (s, z) = super().forward(x), self.grid(x)
@@ -234,7 +234,7 @@ class QuantLayer(nn.Module):
 
 
 class Product(nn.Module):
-    """a @ b of two features. `quantize` puts quantizers in the place of the identities."""
+    """The matrix product a @ b of two activations. `quantize` puts quantizers on both."""
 
     def __init__(self):
         super().__init__()
@@ -262,9 +262,9 @@ def weight_layers(model: nn.Module) -> dict[str, nn.Module]:
 
 def quantize(model: nn.Module, wbits: int, abits: int, quantizer: str = "lsq",
              example: Tensor | None = None) -> nn.Module:
-    """A copy of `model` whose Conv2d and Linear layers quantize input and weight, and `Product`s
-    both factors. The first and the last layer that `example` (1 x 3 x 32 x 32 if none) passes have
-    8 bits. Warns of layers left in full precision: other kinds, computed weights, never reached."""
+    """Return a copy of `model` whose Conv2d, Linear and `Product` modules quantize both factors.
+    The first and the last layer that `example` (zeros, 1 x 3 x 32 x 32, if None) reaches get 8
+    bits. Warns of layers left in full precision: other kinds, computed weights, never reached."""
     model, order, new, left = copy.deepcopy(model), [], {}, []
     like, probe = next(model.parameters()), copy.deepcopy(model).eval()
     names = {layer: name for name, layer in weight_layers(probe).items()}
@@ -288,9 +288,9 @@ def quantize(model: nn.Module, wbits: int, abits: int, quantizer: str = "lsq",
 
 @torch.no_grad()
 def calibrate(qmodel: nn.Module, images: Tensor, candidates: int = 100, batch_stats: bool = True):
-    """Set all step sizes and zero points from one pass of `images` (the paper takes 100): a layer
-    sees what the quantized layers before it make. Batch norm normalises by these images, as in
-    training to come [choice]; if none comes (batch_stats=False), by full precision's statistics."""
+    """Set all step sizes and zero points in one pass of `images`, N x 3 x 32 x 32 (N = 100 in the
+    paper). Each layer sees quantized inputs. Batch norm uses the statistics of `images`, as
+    training will [choice]; with batch_stats=False, for no training, it uses its running ones."""
     quantizers = [m for m in qmodel.modules() if isinstance(m, Quantizer)]
     # The pass moves running statistics, so a copy that shares the quantizers makes it.
     probe = copy.deepcopy(qmodel, {id(q): q for q in quantizers})
@@ -319,7 +319,7 @@ MODELS = "resnet8 resnet20 resnet18 resnet50 mobilenet_v1 mobilenet_v2 vit_tiny"
 
 
 def cifar_resnet(blocks, classes):
-    """ResNet for 32 x 32 images (He et al. 2016, section 4.2), three stages of `blocks` blocks."""
+    """CIFAR ResNet (He et al. 2016, 4.2), three stages of `blocks`; 1 x 1 shortcuts [choice]."""
     layers, inputs = [Conv2dNormActivation(3, 16, 3)], 16
     for outputs in [16] * blocks + [32] * blocks + [64] * blocks:
         stride = 2 if outputs > inputs else 1
@@ -331,7 +331,7 @@ def cifar_resnet(blocks, classes):
 
 
 def mobilenet_v1(classes, stem):
-    """MobileNet (Howard et al. 2017, table 1): 3 x 3 convolutions of each channel, then 1 x 1."""
+    """MobileNet (Howard et al. 2017, table 1): depthwise 3 x 3, pointwise 1 x 1 convolutions."""
     layers, inputs = [Conv2dNormActivation(3, 32, 3, 1 if stem == "cifar" else 2)], 32
     for outputs in (64, 128, 128, 256, 256, *[512] * 6, 1024, 1024):
         stride = 2 if outputs > inputs > 32 else 1
@@ -356,9 +356,9 @@ class Attention(nn.Module):
 
 
 def build_model(name: str, classes: int, depth: int = 4, stem: str = "cifar") -> nn.Module:
-    """A new network for N x 3 x 32 x 32 images. depth: blocks of vit_tiny. stem: "imagenet" keeps
-    the first layers that ResNet-18, ResNet-50 and the MobileNets have for large images; "cifar"
-    gives ResNets a 3 x 3 convolution without pooling, MobileNet v1 one stride of 1, and v2 two."""
+    """A new network for N x 3 x 32 x 32 images, `name` from MODELS. depth: blocks of vit_tiny. stem
+    is for ResNet-18, ResNet-50 and MobileNets: "imagenet" keeps their first layers; "cifar" gives
+    ResNets a 3 x 3 convolution without pooling, and MobileNets a first stride of 1 (v2: two)."""
     if name == "vit_tiny":  # patches of 4 x 4; width 192 and 3 heads as DeiT-Ti, of depth 12
         model = torchvision.models.VisionTransformer(32, 4, depth, 3, 192, 768, num_classes=classes)
         for block in model.encoder.layers:
@@ -368,8 +368,9 @@ def build_model(name: str, classes: int, depth: int = 4, stem: str = "cifar") ->
         return mobilenet_v1(classes, stem)
     if name in ("resnet8", "resnet20"):  # resnet8 is that of MLPerf Tiny, 78 k parameters
         return cifar_resnet(1 if name == "resnet8" else 3, classes)
-    # Blocks of a ResNet start as the identity [choice]: the first steps threw a ResNet-50 far off.
-    options = {"dropout": 0.0} if name == "mobilenet_v2" else {"zero_init_residual": True}
+    # With "cifar", blocks start as the identity [choice]: first steps threw a ResNet-50 far off.
+    options = ({"dropout": 0.0} if name == "mobilenet_v2" else
+               {"zero_init_residual": stem == "cifar"})
     model = torchvision.models.get_model(name, num_classes=classes, **options)
     if stem == "cifar" and name == "mobilenet_v2":
         model.features[0][0].stride = model.features[2].conv[1][0].stride = (1, 1)
@@ -386,7 +387,7 @@ class UsageError(Exception):
 
 
 def random_stream(*key) -> int:
-    """A seed for each purpose, seed and epoch: 32 bits of a hash, all that torch's CPU takes."""
+    """A 32-bit seed, hashed from a purpose, seed and epoch; torch's CPU generator uses 32 bits."""
     return int(hashlib.sha256(repr(key).encode()).hexdigest()[:8], 16)
 
 
@@ -412,7 +413,7 @@ class Data:
         return images.float().div_(255).sub_(self.mean).div_(self.std).permute(0, 3, 1, 2)
 
     def steps(self, batch_size):
-        """Batches per epoch. The incomplete last batch is dropped: it distorts batch norm."""
+        """Batches per epoch, at least 1. We drop an incomplete last one: it distorts batch norm."""
         return max(1, len(self.train_labels) // batch_size)
 
     def order(self, batch_size, draws):
@@ -434,7 +435,7 @@ class Data:
             yield *images, self.train_labels[order[at]]
 
     def cut(self, index, row, column, mirrored):
-        """The training images `index`, moved by (row, column), mirrored where it is 1: N each."""
+        """Training images `index`, moved by (row, column) and mirrored where `mirrored` is 1."""
         line = torch.arange(32, device=index.device)
         rows = self.pad + row[:, None, None] + line[:, None]
         columns = self.pad + column[:, None] + torch.where(mirrored[:, None] > 0, 31 - line, line)
@@ -448,8 +449,8 @@ class Data:
 
 
 def load_data(args: Namespace) -> Data:
-    """The data set of the flags; "auto" is CIFAR-10 if it is there or can be downloaded, else
-    `shapes`, aloud. --fp-seed draws subset and held-out images. Bad data raise UsageError."""
+    """Load the data set of the flags. "auto" is CIFAR-10 or, if that fails, `shapes`, and says so.
+    --fp-seed draws subset and held-out images. Raises UsageError for bad data or sizes."""
     name = "cifar10" if args.dataset == "auto" else args.dataset
     read = {"folder": read_folder, "shapes": draw_shapes}.get(name, read_cifar)
     try:
@@ -457,14 +458,14 @@ def load_data(args: Namespace) -> Data:
     except UsageError as error:
         if args.dataset != "auto":
             raise
-        print(f"!! {error}\n!! 'shapes' instead: it says nothing about CIFAR-10.", file=sys.stderr)
+        print(f"!! {error}\n!! Using 'shapes' instead; it is unlike CIFAR-10.", file=sys.stderr)
         name, (x, y, test_x, test_y) = "shapes", draw_shapes()
     classes = int(y.max()) + 1
     if args.val:
         test_x, test_y, x, y = split(x, y, args.val, args.fp_seed, "--val")
     if args.train_size:
         x, y, *_ = split(x, y, args.train_size, args.fp_seed, "--train-size")
-    if args.dry_run:  # some 64 images, spread, as they may be sorted by class
+    if args.dry_run:  # 64 to 127 images, evenly spaced: they may be sorted by class
         x, y, test_x, test_y = (t[::max(1, len(t) // 64)] for t in (x, y, test_x, test_y))
     content = b"".join(t.numpy().tobytes() for t in (x, y, test_x, test_y))
     pixels = x[::1 + len(x) // 10_000].float().div(255).flatten(0, 2)
@@ -494,8 +495,8 @@ def read_cifar(data_dir, name):
         parts = [getattr(torchvision.datasets, name.upper())(data_dir, train, download=True)
                  for train in (True, False)]
     except Exception as error:  # torchvision and the network raise half a dozen kinds
-        raise UsageError(f"{name} is not in {data_dir} and could not be downloaded ({error}); "
-                         "--dataset shapes needs no download") from None
+        raise UsageError(f"{name} cannot be read from {data_dir} or downloaded ({error}); try "
+                         "--dataset shapes, which needs no download") from None
     return [torch.as_tensor(a) for part in parts for a in (part.data, part.targets)]
 
 
@@ -568,7 +569,7 @@ def add_flags(parser, title, *flags):
                else {"choices": kind} if isinstance(kind, list) else {"type": kind})
         if isinstance(default, list):
             how["nargs"] = "+"
-        shown = f" ({default})" if default or default == 0 and kind is not bool else ""
+        shown = f" (default: {default})" if default or default == 0 and kind is not bool else ""
         group.add_argument(name, default=default, help=text + shown, **how)
 
 
@@ -579,47 +580,47 @@ def base_parser(description: str, fewest_bits: int = 2) -> Parser:
     rate, decay = number(float, 1e-9, 1e3), number(float, 0, 1)
     add_flags(p, "data",
               ("--dataset", ["auto", "cifar10", "cifar100", "folder", "shapes"], "auto",
-               "auto: cifar10 if it is at hand, else shapes"),
-              ("--data-dir", Path, "data", "where data sets lie"),
+               "auto: cifar10 if it is in --data-dir or downloads, else shapes"),
+              ("--data-dir", Path, "data", "folder of the data set; downloads go there too"),
               ("--train-size", count, None, "size of a class-balanced subset to train on"),
-              ("--val", count, None, "training images held out to evaluate on, not test images"),
-              ("--augment", ["none", "flip", "crop+flip"], "crop+flip", "of all training images"),
-              ("--pad", number(int, 0, 16), 2, "pixels by which the crop moves an image"))
+              ("--val", count, None, "hold out this many training images; evaluate on them only"),
+              ("--augment", ["none", "flip", "crop+flip"], "crop+flip", "of the training images"),
+              ("--pad", number(int, 0, 16), 2, "how many pixels a crop moves an image at most"))
     add_flags(p, "network",
               ("--model", MODELS, "resnet8", "the network"),
               ("--depth", number(int, 1, 48), 4, "blocks of vit_tiny"),
               ("--stem", ["cifar", "imagenet"], "cifar", "first layers for small or large images; "
-                                                         "resnet8, resnet20, vit_tiny have one"),
-              ("--bits", bits, None, "of weights and activations (2)"),
-              ("--wbits", bits, None, "of weights, if not --bits"),
-              ("--abits", bits, None, "of activations, if not --bits"),
-              ("--quantizer", list(QUANTIZERS), "lsq", "of activations; weights have lsq"))
+                                                         "resnet8, resnet20, vit_tiny ignore it"),
+              ("--bits", bits, None, "bits of weights and activations (default: 2)"),
+              ("--wbits", bits, None, "bits of weights, in place of --bits"),
+              ("--abits", bits, None, "bits of activations, in place of --bits"),
+              ("--quantizer", list(QUANTIZERS), "lsq", "for activations; weights always have lsq"))
     add_flags(p, "training",
-              ("--fp-epochs", count, 15, "in full precision"),
-              ("--fp-lr", rate, 0.2, "peak of its learning rate; vit_tiny takes a 200th, by AdamW"),
-              ("--fp-weight-decay", decay, 1e-4, "in it; vit_tiny has 0.05"),
-              ("--epochs", count, 6, "of quantization-aware training, after full precision"),
-              ("--lr", rate, 0.02, "peak of its learning rate"),
-              ("--weight-decay", decay, 5e-4, "in it"),
+              ("--fp-epochs", count, 15, "epochs of full-precision training"),
+              ("--fp-lr", rate, 0.2, "its peak learning rate; vit_tiny takes 1/200 of it (AdamW)"),
+              ("--fp-weight-decay", decay, 1e-4, "its weight decay; vit_tiny always has 0.05"),
+              ("--epochs", count, 6, "epochs of quantization-aware training (QAT), which follows"),
+              ("--lr", rate, 0.02, "peak learning rate of QAT"),
+              ("--weight-decay", decay, 5e-4, "weight decay of QAT"),
               ("--batch-size", number(int, 2, 10**6), 128, "images per step"),
-              ("--seed", seed, [0], "each trains all methods once"),
+              ("--seed", seed, [0], "one or more seeds; each method trains once with each"),
               ("--fp-seed", lambda text: text if text == "same" else seed(text), 0,
-               "of full precision and of subsets; same: that of --seed"),
-              ("--recipe", ["paper"], None, "the published settings in place of the defaults"))
+               "seed of full precision and of the subsets; same: take each --seed"),
+              ("--recipe", ["paper"], None, "use the published settings as defaults"))
     add_flags(p, "output",
-              ("--out", Path, "runs", "for checkpoints and results.jsonl"),
-              ("--resume", bool, False, "go on where the same command stopped"),
-              ("--dry-run", bool, False, "two steps of everything, into OUT/dry-run"),
+              ("--out", Path, "runs", "folder for checkpoints and results.jsonl"),
+              ("--resume", bool, False, "continue where the same command stopped"),
+              ("--dry-run", bool, False, "one epoch on about 64 images, written to OUT/dry-run"),
               ("--device", str, "auto", "cpu, cuda, cuda:1, mps, ..."),
-              ("--tf32", bool, False, "faster, coarser products on NVIDIA GPUs"),
-              ("--deterministic", bool, False, "cuDNN's deterministic algorithms, at some cost"))
+              ("--tf32", bool, False, "faster, less exact matrix products (NVIDIA TensorFloat-32)"),
+              ("--deterministic", bool, False, "use only cuDNN's deterministic algorithms; slower"))
     return p
 
 
 def parse(parser: Parser, recipe: dict) -> Namespace:
-    """The command line. `--recipe paper` puts `recipe` in place of the defaults and prints it.
-    Flags beside it win, and so does --bits over its wbits and abits. On CIFAR-100 the stem is
-    "cifar" [choice]: full precision's published accuracy suggests it there."""
+    """Parse the command line, set up torch and make --out. `--recipe paper` makes `recipe` the
+    defaults and prints it; other flags override it, --bits its wbits and abits. On CIFAR-100 the
+    stem is "cifar" [choice]: the published full-precision accuracy suggests it."""
     args = parser.parse_args()
     if args.recipe:
         bits = {"wbits": None, "abits": None} if args.bits else {}
@@ -650,7 +651,7 @@ def parse(parser: Parser, recipe: dict) -> Namespace:
 
 
 def entry(main):
-    """Run a script. What a user can cause ends in one line: 2 usage or disk, 3 loss, 130 Ctrl-C."""
+    """Run main. User errors are one line; exit codes: 2 input, disk, memory; 3 loss; 130 Ctrl-C."""
     if sys.platform == "linux":
         # Else glibc returns large blocks to the kernel; page faults cost 10 to 20 % of a CPU step.
         ctypes.CDLL(None).mallopt(-4, 0)  # M_MMAP_MAX: no block comes straight from the kernel
@@ -666,13 +667,13 @@ def entry(main):
             raise
         code, line = 2, "error: out of memory; try a smaller --batch-size"
     except KeyboardInterrupt:
-        code, line = 130, "interrupted; --resume goes on from the last whole epoch"
+        code, line = 130, "interrupted; add --resume to continue after the last whole epoch"
     print(f"\n{line}", file=sys.stderr)
     sys.exit(code)
 
 
 def sgd(model: nn.Module, lr: float, weight_decay: float, **options) -> torch.optim.SGD:
-    """SGD, momentum 0.9; no weight decay on step sizes and offsets of quantizers [choice]."""
+    """SGD, momentum 0.9; no weight decay on quantizers' parameters, except on PACT's [choice]."""
     free = {p for m in model.modules() if not getattr(m, "decays", True) for p in m.parameters()}
     groups = [{"params": [p for p in model.parameters() if p not in free]},
               {"params": [p for p in model.parameters() if p in free], "weight_decay": 0}]
@@ -702,10 +703,10 @@ NOT_SHAPING = "out data_dir dataset train_size val device recipe bits seed metho
 
 
 class Run:
-    """The book-keeping of one training run, so that a script's loop is the paper's lines only.
-    `parts` is all that training changes, by name. Random numbers depend on (seed, epoch) only, so
-    resuming is bit-identical, at least on the CPU. The checkpoint's name digests what shapes
-    training. `shared`: full precision, read without --resume wherever FP_FLAGS are the same.
+    """The bookkeeping of one training run, so that a script's loop has only the paper's lines.
+    `parts` is all that training changes, "model" and "optimizer" at least. Random numbers depend on
+    (seed, epoch) only, so resuming is bit-identical, at least on the CPU. The file name ends in a
+    hash of all that shapes training; `shared` (full precision) reads it without --resume.
 
         run = Run(args, data, "fpq", seed, args.epochs, model=..., optimizer=...)
         for epoch in run.epochs():                 # seeds, row, evaluation, checkpoint, resume
@@ -797,17 +798,17 @@ class Run:
         """FloatingPointError, which ends the script, if a loss is not finite."""
         if not all(map(math.isfinite, losses)):
             raise FloatingPointError(
-                f"{self.method}: the loss is not finite in epoch {self.epoch + 1}; its learning "
-                f"rate peaks at {self.peak:g}, try a smaller one (--lr; in full precision --fp-lr)")
+                f"{self.method}: the loss is not finite in epoch {self.epoch + 1}; the learning "
+                f"rate peaks at {self.peak:g}, try a smaller one (--lr; full precision: --fp-lr)")
 
     def log(self, **losses):
         for name, value in losses.items():
             self.sums[name] = self.sums.get(name, 0) + value.detach()
 
     def finish(self, model=None, **row):
-        """The result of the network or another `model`, with `row`: one line of results.jsonl,
-        however often resumed. Batch norm's statistics are first taken anew in one fixed pass over
-        the training images [choice]: those of the last batches move accuracy by up to a point."""
+        """Evaluate the network, or `model`, and write its result, with the entries of `row`, as one
+        line of results.jsonl. First, one fixed pass over the training images renews batch norm's
+        statistics [choice]: those of the last batches move accuracy by up to a point."""
         a, model, method = self.args, model or self.parts["model"], row.get("method", self.method)
         if method not in self.results:
             draws = torch.Generator().manual_seed(random_stream("batch norm"))
@@ -833,7 +834,7 @@ def record(out, result):
             written = file.write(line)  # appended whole: two processes do not mix
             if written < len(line):
                 file.truncate(file.seek(0, os.SEEK_END) - written)
-                raise OSError(f"{out / 'results.jsonl'}: disk full; free some, then --resume")
+                raise OSError(f"{out / 'results.jsonl'}: disk full; free space, then add --resume")
     return result
 
 
@@ -892,7 +893,7 @@ def result_table(results: list[dict]) -> str:
         lines.append(f"{method:<14}{bits:<7}{acc:<15}{gain:<15}{len(rows)}")
     if len({r["seed"] for r in results if r["method"] != "fp"}) > len(
             {r["fp_seed"] for r in results}):
-        lines.append("± is over seeds of one full-precision network: its own spread is not in it")
+        lines.append("± is over seeds of one full-precision network; other networks may differ")
     return "\n".join(lines)
 
 
@@ -920,8 +921,8 @@ def gradient_ratio(term: Tensor, cross_entropy: Tensor, model: nn.Module) -> flo
 
 
 def hessian_vector(loss_fn, params):
-    """(v -> H v, zeros like v), v a vector of all entries of the tensors `params`; H is the Hessian
-    of loss_fn() in them, on a quantized network that of its straight-through gradients."""
+    """(function v -> H v, a zero vector like v). H is the Hessian of the scalar loss_fn() in all
+    entries of `params`; a quantized network's H is that of its straight-through gradients."""
     def flat_grad(out, v=None):
         grads = torch.autograd.grad(out, params, v, create_graph=v is None, retain_graph=True,
                                     materialize_grads=True)
@@ -932,8 +933,8 @@ def hessian_vector(loss_fn, params):
 
 def hessian_trace(loss_fn, params: list[Tensor], probes: int,
                   generator: torch.Generator | None = None) -> tuple[float, float]:
-    """Tr(H), which noise penalises by Eq. 7, after Hutchinson: (mean, standard error) of v.Hv over
-    `probes` >= 2 random sign vectors v."""
+    """Hutchinson's estimate of Tr(H), H the Hessian of loss_fn() in `params`, which noise penalises
+    (Eq. 7): mean and standard error of v.Hv over `probes` >= 2 random vectors v of entries ±1."""
     product, zeros = hessian_vector(loss_fn, params)
     signs = [2 * zeros.bernoulli(0.5, generator=generator) - 1 for _ in range(probes)]
     samples = torch.stack([v @ product(v) for v in signs])
@@ -953,7 +954,7 @@ def hessian_top_eigenvalue(loss_fn, params: list[Tensor], iters: int,
 
 def sharpness(model: nn.Module, data: Data, probes: int = 8, iters: int = 0) -> tuple[float, ...]:
     """(trace, its standard error[, top eigenvalue if iters]) of the loss's Hessian in the layers'
-    weights, on 256 training images. Batch norm has their statistics: a run's are noisy [choice]."""
+    weights. Batch norm takes its statistics from the same 256 training images [choice]."""
     (images, labels), model = data.sample(256), copy.deepcopy(model)
     update_bn([images], model)
     model.eval()
@@ -966,7 +967,7 @@ def sharpness(model: nn.Module, data: Data, probes: int = 8, iters: int = 0) -> 
 
 @contextmanager
 def shifted(params, shifts):
-    """Adds shifts to params, and takes them back bit for bit at its end; a step within is kept."""
+    """Adds shifts to params in a context; its exit removes them bit for bit, but keeps a step."""
     params = [p.detach() for p in params]  # the same memory
     latent = [p.clone() for p in params]
     moved = [p.add_(shift).clone() for p, shift in zip(params, shifts)]
@@ -986,8 +987,8 @@ class SAM:
     rho: float
 
     def ascended(self):
-        """A context: parameters w + rho g / |g| within, g their .grad on entry; w after it. Both
-        passes move batch norm's running statistics, but `Run.finish` takes those anew [choice]."""
+        """A context in which the parameters are w + rho g / |g|, g being their .grad on entry. Both
+        passes move batch norm's running statistics, but `Run.finish` renews those [choice]."""
         params = [p for p in self.model.parameters() if p.grad is not None]
         norm = nn.utils.get_total_norm([p.grad for p in params]).clamp_min(TINY)
         return shifted(params, [p.grad * (self.rho / norm) for p in params])

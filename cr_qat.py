@@ -1,14 +1,14 @@
 """CR: Consistency Regularization. Pang, Cai, Zhang, Wu, "In-Distribution Consistency Regularization
 Improves the Generalization of Quantization-Aware Training", arXiv 2402.13497 (v2).
 
-The idea. Quantized networks are sensitive to small changes of the image and of the weights. CR asks
-for the same prediction on two augmented views of one image. The quantized student learns the label
-from one view. A teacher, which is the moving average of the student and quantized like it, predicts
-from the other view, and the student's prediction is drawn to the teacher's. That needs no label, so
-unlabelled images can take part (`--labels N` keeps N labels).
+The idea. Small changes of the image and of the weights disturb a quantized network. CR asks for the
+same prediction on two augmented views of one image. The quantized student learns the label from one
+view, by cross-entropy (CE). A quantized teacher, the moving average of the student, predicts from
+the other view. A second loss term draws the student's prediction to the teacher's. It needs no
+label, so unlabelled images can take part (`--labels N` keeps N labels).
 
-Only the abstract and summaries of the paper were at hand. The rest is rebuilt on its ancestor, the
-mean teacher (Tarvainen & Valpola 2017): formulas, schedule and constants are choices.
+We had only the abstract and summaries. The rest is rebuilt on its ancestor, the mean teacher
+(Tarvainen & Valpola 2017): formulas, schedule and constants are our decisions, marked [choice].
 
     symbol                 here                                                from
     a(x), a'(x)            two views of run.batches(), then distort            summaries
@@ -39,9 +39,9 @@ PAPER = {"model": "resnet18", "stem": "imagenet", "dataset": "cifar10", "batch_s
          "lambda_max": 1.0, "ema": 0.999, "ramp_epochs": 5.0,  # after the mean teacher
          "fp_epochs": 200, "fp_lr": 0.1, "fp_weight_decay": 5e-4, "pad": 4}
 
-# Source of the target for the second view: none; its label, which tells what more augmentation
-# gives; the student's own weights (the Pi-model; no gradient flows there [choice]); the
-# full-precision network; the student's average.
+# What sets the target for the second view. None: it has no second view. "label": the label, to show
+# what more augmentation gives. "student": its own weights (Pi-model, Laine & Aila 2017; no gradient
+# flows there [choice]). "full precision": that network. "average": the student's average.
 METHODS = {"baseline": None, "two-view": "label", "pi": "student", "fp-teacher": "full precision",
            "cr": "average"}
 VIEWS = ["none", "flip", "crop+flip", "crop+flip+noise", "crop+flip+colour"]
@@ -54,22 +54,22 @@ def parse_args() -> Namespace:
     common.add_flags(
         parser, "method",
         ("--method", list(METHODS), ["baseline", "cr"], "what to train"),
-        ("--lambda-max", number(float, 0, 1e6), 0.3, "weight of L_con after the ramp"),
-        ("--ramp-epochs", number(float, 0, 1e6), 2.0, "T: length of the ramp"),
-        ("--temperature", number(float, 0.01, 1e3), 1.0, "of the softmax in L_con"),
-        ("--ema", number(float, 0, 1), 0.9, "alpha: memory of the moving average"),
-        ("--views", VIEWS, [], "the student's augmentation, then the teacher's (the same if left "
-                               "out); the baseline always has --augment"),
-        ("--labels", number(int, 1, 10**9), None, "labels to keep (all); an epoch is then "
+        ("--lambda-max", number(float, 0, 1e6), 0.3, "full weight of the consistency term"),
+        ("--ramp-epochs", number(float, 0, 1e6), 2.0, "T: epochs until that weight is full"),
+        ("--temperature", number(float, 0.01, 1e3), 1.0, "of the softmax in the consistency term"),
+        ("--ema", number(float, 0, 1), 0.9, "alpha: share of the average that a step keeps"),
+        ("--views", VIEWS, [], "the student's augmentation, then the second view's; one sets both; "
+                               "by default both have --augment, as the baseline always has"),
+        ("--labels", number(int, 1, 10**9), None, "how many labels to keep (all); an epoch is then "
                                              "one pass over the labelled images"),
-        ("--controls", bool, False, "all methods, and the averages of baseline and cr"),
-        ("--ablate", bool, False, "cr with each augmentation of both views"),
-        ("--diagnose", bool, False, "sensitivity to noise, oscillation, entropy, trace, force"))
+        ("--controls", bool, False, "train all methods; also evaluate averages of baseline and cr"),
+        ("--ablate", bool, False, "also train cr with each choice of --views, for both views"),
+        ("--diagnose", bool, False, "print effects of noise, weight changes, entropy, trace"))
     args = common.parse(parser, PAPER)
     if len(args.views) > 2:
-        parser.error("--views takes one augmentation for both, or the student's and the teacher's")
+        parser.error(f"--views has {len(args.views)} values: give one for both views, or two")
     if args.labels and args.batch_size < 8:
-        parser.error("--labels needs --batch-size 8 or more: a quarter of each batch is labelled")
+        parser.error(f"--batch-size {args.batch_size} is too small for --labels; give 8 or more")
     args.method = list(dict.fromkeys((list(METHODS) if args.controls else []) + args.method))
     return args
 
@@ -79,8 +79,8 @@ def parse_args() -> Namespace:
 
 def consistency_loss(student_logits: Tensor, teacher_logits: Tensor,
                      temperature: float = 1.0) -> Tensor:
-    """L_con, mean over the batch of the Kullback-Leibler divergence KL(teacher || student) of the
-    predictions; no gradient goes to the teacher. Direction and temperature t are [choice]s.
+    """L_con: the Kullback-Leibler divergence KL(teacher || student) of the predictions, mean over
+    the batch. No gradient goes to the teacher. We chose direction and temperature t [choice].
 
         t^2 KL(p_T || p_S),  KL = sum_c p_T(c) (log p_T(c) - log p_S(c)),  p = softmax(logits / t)
 
@@ -92,22 +92,22 @@ def consistency_loss(student_logits: Tensor, teacher_logits: Tensor,
 
 
 def ramp_up(t: float, T: float) -> float:
-    """exp(-5 (1 - min(t / T, 1))^2): from 0.0067 at t = 0 to 1 from t = T on, both in epochs."""
+    """exp(-5 (1 - min(t / T, 1))^2), t and T in epochs: 0.0067 at t = 0, 1 from t = T on."""
     return math.exp(-5 * (1 - min(t / T, 1)) ** 2) if T > 0 else 1.0
 
 
 @torch.no_grad()
 def ema_update(teacher: nn.Module, student: nn.Module, updates: int, alpha: float) -> None:
-    """theta_T <- a theta_T + (1 - a) theta_S, a = min(1 - 1 / (updates + 1), alpha), in place, over
-    weights, scales and shifts of batch norm, and step sizes; zero points are fixed. At first it
-    is the plain mean of the students so far. `updates` counts those before this one."""
+    """Exponential moving average, in place, of all parameters, step sizes included (zero points are
+    fixed): theta_T <- a theta_T + (1 - a) theta_S, a = min(1 - 1 / (updates + 1), alpha). `updates`
+    counts the calls before this one; while a < alpha, theta_T is the mean of the students."""
     a = min(1 - 1 / (updates + 1), alpha)
     get_ema_multi_avg_fn(a)(list(teacher.parameters()), list(student.parameters()), None)
 
 
 def distort(view: Tensor, augment: str) -> Tensor:
-    """The augmentations beyond crop and flip, on normalised N x 3 x 32 x 32 [choice]: Gaussian
-    noise of deviation 0.1; each image's channels times U[0.6, 1.4] plus U[-0.4, 0.4]."""
+    """Augmentations beyond crop and flip, of normalised N x 3 x 32 x 32 images [choice]: Gaussian
+    noise of standard deviation 0.1; each channel times U[0.6, 1.4] plus U[-0.4, 0.4], by image."""
     if "noise" in augment:
         view = view + 0.1 * torch.randn_like(view)
     if "colour" in augment:
@@ -117,7 +117,7 @@ def distort(view: Tensor, augment: str) -> Tensor:
 
 
 class PartlyLabelled(Data):
-    """Data some of whose training labels are -100, which torch's cross-entropy ignores."""
+    """Data with some labels -100, which cross-entropy ignores; .labelled: Data of the others."""
 
     def steps(self, batch_size: int) -> int:
         """An epoch is one pass over the labelled images [choice], a quarter of each batch."""
@@ -134,12 +134,12 @@ class PartlyLabelled(Data):
             columns.append(torch.cat(rounds)[:count].reshape(-1, share))
         return torch.cat(columns, 1).flatten()
 
-    def sample(self, count: int) -> tuple[Tensor, Tensor]:
+    def sample(self, count: int) -> tuple[Tensor, Tensor]:  # `sharpness` needs the labels
         return self.labelled.sample(count)
 
 
 def hide_labels(data: Data, count: int, seed: int) -> tuple[Data, Data]:
-    """(the `count` labelled images only, all images with the other labels -100), class-balanced."""
+    """(`count` class-balanced labelled images; all, other labels -100). Bad count: UsageError."""
     numbers = torch.arange(len(data.train_labels))
     keep = common.split(numbers, data.train_labels.cpu(), count, seed, "--labels")[0]
     keep = keep.to(data.train_labels.device)
@@ -157,7 +157,7 @@ def hide_labels(data: Data, count: int, seed: int) -> tuple[Data, Data]:
 
 def train(args: Namespace, data: Data, method: str, seed: int, network: nn.Module,
           name: str | None = None) -> tuple[nn.Module, list[dict], list[dict]]:
-    """(student, results, history) of a method, from the full-precision `network` on."""
+    """(student, results, history by epoch), from full-precision `network` on. `name`: the run's."""
     student, by = quantize(network, args.wbits, args.abits, args.quantizer), METHODS[method]
     calibrate(student, data.sample(100)[0])
     average = copy.deepcopy(student)
@@ -220,8 +220,8 @@ def weight_bins(model: nn.Module) -> Tensor:
 
 @torch.no_grad()
 def weight_entropy(model: nn.Module) -> float:
-    """Entropy in bits of how often each integer is used, mean over layers but first and last: at
-    most the number of bits."""
+    """Entropy, in bits, of the integers that a layer's weights use, as a mean over all layers but
+    first and last. It is at most the number of bits of a weight."""
     entropies = []
     for weight, _, _ in list(common.export_int(model).values())[1:-1]:
         share = weight.unique(return_counts=True)[1] / weight.numel()
@@ -231,9 +231,9 @@ def weight_entropy(model: nn.Module) -> float:
 
 @torch.no_grad()
 def sensitivity(model: nn.Module, data: Data, place: str, sigma: float) -> tuple[float, float]:
-    """(accuracy in %, mean KL(clean || noisy) of the predictions) on up to 2,000 test images under
-    Gaussian noise: on the normalised image (place "input"), or on all quantized weights ("weight"),
-    there in units of each layer's standard deviation."""
+    """(accuracy in %, mean KL(clean || noisy) in nats) on up to 2,000 test images. Gaussian noise
+    of standard deviation sigma goes on the normalised images (place "input") or on all quantized
+    weights ("weight"), there relative to the standard deviation of the layer's weights."""
     def on_input(module, inputs):
         return inputs[0] + sigma * torch.randn_like(inputs[0])
 
@@ -256,15 +256,15 @@ def diagnose(data: Data, trained: dict[str, tuple]) -> None:
     """Print what the paper claims or draws, for the networks of the last seed."""
     models = [model for model, *_ in trained.values()]
     for place in ("input", "weight"):
-        print(f"\naccuracy % | KL to the clean prediction, under Gaussian noise on each {place}")
+        print(f"\naccuracy % | KL(clean || noisy prediction), with Gaussian noise on each {place}")
         print_row("sigma", *trained)
         for sigma in (0.0, 0.1, 0.2, 0.4):
             cells = (sensitivity(model, data, place, sigma) for model in models)
             print_row(sigma, *(f"{acc:.2f} | {kl:.4f}" for acc, kl in cells))
     print("\nentropy of the quantized weights, bits")
     print_row("", *(f"{weight_entropy(model):.4f}" for model in models))
-    print("\nby epoch: weights that change their integer in a step, % | Hessian trace; first step's"
-          "\nforce of the consistency term, |its gradient| / |that of the cross-entropy|")
+    print("\nby epoch: % of weights that change their integer in a step | Hessian trace; in its"
+          "\nfirst step |gradient of the consistency term| / |gradient of the cross-entropy|")
     print_row("epoch", *trained)
     for row in zip(*(history for *_, history in trained.values())):
         print_row(row[0]["epoch"], *(

@@ -1,13 +1,13 @@
 """DNQ: a flat network before it is quantized. Xia, Pang, Cai, "Efficiently Training A Flat Neural
 Network Before It has been Quantizated", arXiv 2511.01462.
 
-The idea. Post-training quantization (PTQ) moves a finished network by its rounding errors. A
-network in a flat place of the loss does not mind, so one trains for flatness in full precision.
-Differential Noise-driven Quantization (DNQ) measures the errors that weights and activations will
-make at the bits aimed for, models both as independent Gaussian noise, and trains under fresh noise
-of that size times lambda: on the weights, where each step's noise is removed before the next, and
-on a random share of the activations. The weights of the last epochs are averaged (stochastic weight
-averaging, SWA). Then the network is quantized, by the quantizer that measured the errors.
+The idea. Post-training quantization (PTQ) moves a finished network by its rounding errors. They do
+little harm where the loss is flat, so one trains for flatness in full precision. Differential
+Noise-driven Quantization (DNQ) measures the errors that weights and activations will have at the
+bits aimed for, and models both as independent Gaussian noise. It trains under fresh noise of that
+size times lambda: on the weights, where it is removed before the next step, and on a random share
+of the activations. Stochastic weight averaging (SWA) averages the weights of the last epochs. Then
+the network is quantized, by quantizers like those that measured the errors.
 
 Only the abstract of this paper was at hand. The rest follows summaries and the authors' later work;
 our own decisions are marked [choice].
@@ -38,13 +38,13 @@ from torch.optim.swa_utils import AveragedModel
 PAPER = {"model": "resnet18", "dataset": "cifar100", "wbits": 2, "abits": 4, "batch_size": 256,
          "fp_lr": 0.015, "fp_weight_decay": 5e-4, "fp_epochs": 120, "ramp_epochs": 20.0, "pad": 4,
          "label_smoothing": 0.1, "swa_rate": 0.01, "noise_lambda": 1.0}
-# The authors' values. The cosine down to the held rate and the warm-up are ours [choice].
+# These are the authors' values. The warm-up and the cosine to the held rate are ours [choice].
 
 WEIGHT_NOISES = ["weight", "additive", "isotropic", "wrong-bits"]
 METHODS = ["sgd", *WEIGHT_NOISES, "activation", "weight+activation", "sam"]
 PTQ_BITS = [(8, 8), (4, 4), (3, 4), (2, 4), (2, 2)]
-PROBES, ITERATIONS = 8, 15  # of the Hessian's trace and of its top eigenvalue
-FLATNESS = "trace", "trace_error", "top_eigenvalue"  # in results.jsonl; error: standard error
+PROBES, ITERATIONS = 8, 15  # vectors for the Hessian's trace; steps for its top eigenvalue
+FLATNESS = "trace", "trace_error", "top_eigenvalue"  # keys in results; trace_error: standard error
 
 
 def parse_args() -> Namespace:
@@ -55,16 +55,16 @@ def parse_args() -> Namespace:
         parser, "method",
         ("--method", METHODS, ["sgd", "weight+activation"], "what to train, each also with SWA"),
         ("--noise-lambda", number(float, 0, 1e3), 2.0, "noise relative to the measured error"),
-        ("--ramp-epochs", number(float, 0, 1e6), 5.0, "until lambda is reached"),
-        ("--rho", number(float, 0, 1), 0.5, "share of the activations with noise"),
-        ("--mask", ["uniform", "salience"], "uniform", "at random, or more in large channels"),
-        ("--label-smoothing", number(float, 0, 1), 0.0, "of the labels in training"),
-        ("--swa-rate", number(float, 0, 1), 0.0, "share of the peak at which the learning rate is "
-                                                 "held while SWA averages; 0: a cosine to the end"),
-        ("--sam-rho", number(float, 0, 1e3), 0.2, "radius of SAM's ascent"),
-        ("--noise-bits", number(int, 2, 8), 8, "at which wrong-bits, a control, measures"),
+        ("--ramp-epochs", number(float, 0, 1e6), 5.0, "epochs in which noise grows to full size"),
+        ("--rho", number(float, 0, 1), 0.5, "share of the activations that get noise"),
+        ("--mask", ["uniform", "salience"], "uniform", "noise anywhere, or more in large channels"),
+        ("--label-smoothing", number(float, 0, 1), 0.0, "share of a label spread over all classes"),
+        ("--swa-rate", number(float, 0, 1), 0.0, "while SWA averages, the learning rate stays at "
+                                                 "this share of its peak; 0: a cosine to the end"),
+        ("--sam-rho", number(float, 0, 1e3), 0.2, "length of sam's step up the loss"),
+        ("--noise-bits", number(int, 2, 8), 8, "bits whose error the control wrong-bits imitates"),
         ("--study", bool, False, "train all methods"),
-        ("--measure", bool, False, "the errors of each layer, and how Gaussian they are"))
+        ("--measure", bool, False, "print the first method's errors by layer; are they Gaussian?"))
     args = common.parse(parser, PAPER)
     args.method = METHODS if args.study else list(dict.fromkeys(args.method))
     return args
@@ -74,7 +74,7 @@ def parse_args() -> Namespace:
 
 
 def quantization_error(t: Tensor, quantizer: Quantizer) -> Tensor:
-    """t_hat - t of a tensor, after `quantizer` has taken its step size from it."""
+    """t_hat - t, shaped like t (if per channel, of dim 0). It first sets the quantizer from t."""
     quantizer = quantizer.to(t.device)
     quantizer.initialize(t)
     return quantizer(t) - t
@@ -82,8 +82,8 @@ def quantization_error(t: Tensor, quantizer: Quantizer) -> Tensor:
 
 @torch.no_grad()
 def error_decomposition(layer: nn.Module, x: Tensor) -> dict[str, float]:
-    """What quantization does to the output of a calibrated quantized layer with input x, relative
-    to ||W x||^2, with dW = W_hat - W and dx = x_hat - x:
+    """Activation and weight quantization error (AQE, WQE) in the output of a calibrated quantized
+    layer, over ||W x||^2, for a batch x of its inputs; dW = W_hat - W and dx = x_hat - x:
 
         W_hat x_hat - W x = W dx + dW x + dW dx
         total = ||W_hat x_hat - W x||^2 = AQE + WQE + cross,   AQE = ||W dx||^2,   WQE = ||dW x||^2
@@ -100,7 +100,7 @@ def error_decomposition(layer: nn.Module, x: Tensor) -> dict[str, float]:
 
 
 def excess_kurtosis(t: Tensor) -> float:
-    """0 for a Gaussian, -1.2 for the uniform error of fine rounding, -2 for two points."""
+    """0 for a Gaussian, -1.2 for the uniform error of fine rounding, -2 for a fair coin."""
     z = (t - t.mean()) / t.std(correction=0).clamp_min(common.TINY)
     return z.pow(4).mean().item() - 3
 
@@ -124,8 +124,8 @@ def layer_bits(model: nn.Module, bits: int) -> list[int]:
 def measure(args: Namespace, data: Data, network: nn.Module) -> None:
     """Print the decomposition per layer, and how far the errors are from independent Gaussians."""
     images, quantized = data.sample(100)[0], ptq(args, data, network, args.wbits, args.abits)
-    print(f"\nerrors at W{args.wbits}A{args.abits} relative to ||W x||^2, and their shape "
-          "(Gaussian: excess kurtosis 0; independent: correlation 0)")
+    print(f"\n{args.method[0]}, last seed: errors at W{args.wbits}A{args.abits} over ||W x||^2, "
+          "and their shape (Gaussian: excess kurtosis 0; independent: correlation 0)")
     print_row("AQE", "WQE", "cross", "total", "kurtosis dW", "kurtosis dx", "corr(dW, W)", "layer")
     for (name, layer), x in zip(weight_layers(quantized).items(), layer_inputs(network, images)):
         w, dw = layer.weight, layer.weight_quantizer(layer.weight) - layer.weight
@@ -142,10 +142,10 @@ class DifferentialWeightNoise:
 
         W <- W + n_t - n_(t-1),   n_t = lambda (mu + sigma e),   e ~ N(0, 1)
 
-    With w = W - n it is w <- w - lr dL/dw(w + n): Anti-PGD (Orvieto et al. 2022) with statistics of
-    quantization. The network holds w. The statistics are taken anew at the start of each epoch
-    [choice; the authors average over their 120 with memory 0.9]. `isotropic` gives every weight
-    zero-mean noise of one variance; the sum of squares over all weights is unchanged.
+    With w = W - n this reads w <- w - lr dL/dw(w + n): Anti-PGD (anticorrelated perturbed gradient
+    descent, Orvieto et al. 2022) with quantization's statistics. The network holds w. We measure at
+    the start of each epoch [choice; the authors average over their 120 epochs, memory 0.9].
+    `isotropic` gives all weights zero-mean noise of one variance, and the same sum of squares.
     """
 
     def __init__(self, model: nn.Module, bits: int, isotropic: bool = False):
@@ -166,7 +166,7 @@ class DifferentialWeightNoise:
             self.std = [std.expand_as(s) for s in self.std]
 
     def injected(self, strength: float):
-        """A context: weights w + n within, n fresh; after it w, and any step taken stays."""
+        """A context with weights w + n, n fresh. Its end removes n; a step taken within stays."""
         noises = [torch.randn_like(w).mul_(std).add_(mean).mul_(strength)
                   for w, mean, std in zip(self.weights, self.mean, self.std)]
         return shifted(self.weights, noises)
@@ -210,7 +210,7 @@ class ActivationNoise:
 
     def perturb(self, x: Tensor, mean: Tensor, std: Tensor, strength: float) -> Tensor:
         noise = torch.empty_like(x)
-        # Drawn in memory order: on the CPU eight times as fast for channels_last images.
+        # Drawing in memory order is eight times as fast on the CPU for channels_last images.
         (noise if noise.is_contiguous() else noise.movedim(1, -1)).normal_()
         noise.mul_(std).add_(mean).mul_(torch.rand_like(x) < self.chance(x))
         return x + noise.mul_(strength)
@@ -227,13 +227,13 @@ class ActivationNoise:
 
 
 def train(args: Namespace, data: Data, method: str, seed: int) -> dict[str, tuple]:
-    """One training run from scratch, as {method: (network, result), method+swa: ...}: averaging
-    does not touch training, so one run gives both.
+    """One training run from scratch: {method: (network, result), method+swa: ...}. One run gives
+    both, as averaging does not touch training; --swa-rate changes the learning rate, and so both.
 
-    Three injections are known, of which we build two. Differential, "weight": n_t leaves after the
-    step, so weight decay sees w + n_t. "additive" [choice]: n_t leaves before it, so decay sees w.
-    A zero-mean pair: two passes, at w + n and w - n, for one step. "isotropic" and "wrong-bits" are
-    differential controls, of another shape and size.
+    "weight" is differential: n_t leaves after the step, so weight decay sees w + n_t. "additive"
+    [choice] takes n_t away before it, so decay sees w. We do not build the third known one, two
+    passes for one step, at w + n and w - n. "isotropic" and "wrong-bits" are differential controls,
+    whose noise has another shape or another size.
     """
     parts, on_weights, on_activations = method.split("+"), None, None
     torch.manual_seed(common.random_stream("weights", seed))
@@ -301,8 +301,8 @@ def ptq(args: Namespace, data: Data, network: nn.Module, wbits: int, abits: int)
 
 
 def quantized_results(args: Namespace, data: Data, network: nn.Module, result: dict) -> list[dict]:
-    """Results of `network` after PTQ, at the bits asked for and at PTQ_BITS, with its flatness.
-    "acc_batch_norm" is with batch norm's statistics anew, from the calibration images [choice]."""
+    """Results of `network` after PTQ at the bits asked for and PTQ_BITS, and its flatness before.
+    "acc_batch_norm": accuracy with batch norm's statistics of the calibration images [choice]."""
     flatness = dict(zip(FLATNESS, common.sharpness(network, data, PROBES, ITERATIONS)))
     results = []
     for wbits, abits in dict.fromkeys([(args.wbits, args.abits), *PTQ_BITS]):
@@ -316,17 +316,17 @@ def quantized_results(args: Namespace, data: Data, network: nn.Module, result: d
 
 
 def ptq_table(results: list[dict], figure: str = "acc") -> str:
-    """Accuracy of each network (row) at each pair of bits (column), and its difference to the first
-    row with the same seed; mean ± standard error."""
+    """Mean ± standard error of `figure`, "acc" or "acc_batch_norm" (before PTQ always "acc"), by
+    network (row) and bits (column), and of its difference to the first row of the same seed."""
     accs, first = {}, results[0]
     for r in results:
         row = accs.setdefault(r["method"], {})
         row.setdefault((r["wbits"], r["abits"]), {})[r["seed"]] = r.get(figure, r["acc"])
     reference, lines = accs[first["method"]], [
         f"\n{first['dataset']}, {first['train_size']} training images, {first['model']}, augment "
-        f"{first['augment']}; {first['split']} {figure} % before and after PTQ, and against the "
-        "first row", f"{'method':<24}" + "".join(f"{f'W{w}A{a}':<30}" for w, a in accs[
-            first["method"]]).replace("W32A32", "FP    ")]
+        f"{first['augment']}; {first['split']} accuracy %{', new batch norm' * (figure != 'acc')}, "
+        "before and after PTQ, and against the first row", f"{'method':<24}" + "".join(
+            f"{f'W{w}A{a}':<30}" for w, a in accs[first["method"]]).replace("W32A32", "FP    ")]
     for method, row in accs.items():
         cells = []
         for bits, acc in row.items():
@@ -347,7 +347,7 @@ def main() -> None:
                 for network, result in networks.values()]
         results += [r for result, after in last for r in (result, *after)]
     print(ptq_table(results), ptq_table(results, "acc_batch_norm"), sep="\n")
-    print(f"\nflatness, last seed; drop in points by PTQ at W{args.wbits}A{args.abits}")
+    print(f"\nlast seed: points lost by PTQ at W{args.wbits}A{args.abits}, flatness before it")
     print_row("method", "drop", *FLATNESS)
     for before, (after, *_) in last:
         print_row(before["method"], *(f"{v:.2f}" for v in (

@@ -3,10 +3,10 @@ Implicit-Regularization on Hessian Matrix", arXiv 2503.11159.
 
 The idea. Rounding moves the weights and features of a network; if the loss is flat, it changes
 little. Zero-mean noise during training penalises the trace of the Hessian without computing it
-(Eq. 7). So FPQ adds uniform noise, one quantization step size wide, to the inputs of randomly
-chosen layers: stochastic feature perturbation (SFP). It also draws the output of every layer but
-the classifier, channel by channel and up to shift and scale, to the full-precision network's:
-channel-wise standardized distillation (CSD). The loss is cross-entropy plus CSD (Eq. 22).
+(Eq. 7). So FPQ adds uniform noise, one step size wide, to the inputs of randomly chosen layers:
+stochastic feature perturbation (SFP). It also pulls the output of every layer but the classifier
+towards the full-precision network's, after standardizing both per channel: channel-wise
+standardized distillation (CSD). The loss is cross-entropy plus CSD (Eq. 22).
 
     paper                            here
     x_l, z_l                         input and output of layer l: N x C x H x W (or N x T x C)
@@ -32,10 +32,10 @@ from torch import Tensor, nn
 
 PAPER = {"model": "resnet18", "stem": "imagenet", "dataset": "cifar10", "batch_size": 256,
          "lr": 0.01, "epochs": 200, "weight_decay": 5e-4, "p": 0.1,
-         # Above: section 4; we infer the stem. Below, and --augment, ours [choice].
+         # Above: section 4, but we infer the stem. Below, and --augment: our own [choice].
          "fp_epochs": 200, "fp_lr": 0.1, "fp_weight_decay": 5e-4, "pad": 4}
 
-# Which of (--p, --csd-weight, --kd-weight, --sam-rho) act in a method; kd and sam are rivals.
+# Which of (--p, --csd-weight, --kd-weight, --sam-rho) each method uses; kd and sam are rivals.
 METHODS = {"baseline": (0, 0, 0, 0), "sfp": (1, 0, 0, 0), "csd": (0, 1, 0, 0),
            "fpq": (1, 1, 0, 0), "kd": (0, 0, 1, 0), "sam": (0, 0, 0, 1)}
 
@@ -46,16 +46,16 @@ def parse_args() -> Namespace:
     weight = common.number(float, 0, 1e6)
     common.add_flags(
         parser, "method",
-        ("--method", list(METHODS), ["baseline", "fpq"], "what to train"),
-        ("--p", common.number(float, 0, 1), 0.1, "Eq. 14: chance that a layer is perturbed"),
-        ("--csd-weight", weight, 1.0, "of L_CSD in Eq. 22"),
+        ("--method", list(METHODS), ["baseline", "fpq"], "methods to train, one after another"),
+        ("--p", common.number(float, 0, 1), 0.1, "Eq. 14: chance per step to perturb a layer"),
+        ("--csd-weight", weight, 1.0, "weight of L_CSD in the loss, Eq. 22 (methods csd, fpq)"),
         ("--noise-at", ["operand", "input", "weight"], "operand",
-         "noise after the input quantizer (Eq. 16), before it, or on the quantized weight"),
-        ("--kd-weight", weight, 1.0, "of the distillation of logits in kd"),
-        ("--kd-temperature", common.number(float, 0.01, 1e3), 4.0, "of its softmax"),
-        ("--sam-rho", common.number(float, 0, 1e3), 0.05, "radius of SAM's ascent, in sam"),
-        ("--ablate", bool, False, f"train {' '.join(METHODS)}"),
-        ("--diagnose", bool, False, "figures 1 to 5 of the paper, and the force of terms"))
+         "add noise after the input quantizer (operand, Eq. 16), before it, or to the weight"),
+        ("--kd-weight", weight, 1.0, "weight of knowledge distillation from logits (kd)"),
+        ("--kd-temperature", common.number(float, 0.01, 1e3), 4.0, "softmax temperature (kd)"),
+        ("--sam-rho", common.number(float, 0, 1e3), 0.05, "radius, sharpness-aware minimisation"),
+        ("--ablate", bool, False, f"train all methods: {' '.join(METHODS)}"),
+        ("--diagnose", bool, False, "print figures 1 to 5 as numbers, and gradient norm ratios"))
     args = common.parse(parser, PAPER)
     args.method = list(METHODS if args.ablate else dict.fromkeys(args.method))
     return args
@@ -68,9 +68,9 @@ def stochastic_feature_perturbation(x: Tensor, step_size: Tensor, p: float,
                                     generator: torch.Generator | None = None) -> Tensor:
     """SFP, Eq. 9 and 14: with probability p, x + delta, delta ~ U[-s/2, s/2] per element; else x.
 
-    x: any shape; step_size broadcasts against it. One coin per layer and step, mostly tails: noise
-    in several layers at once biases the expectation (Prop. 1). No gradient flows through delta
-    [choice]. Without a generator the CPU draws the coin, so that it need not wait for a GPU.
+    x: any shape; step_size broadcasts against it. Each call tosses one coin, so few layers have
+    noise at once: noise in several biases the expectation (Prop. 1). No gradient flows through
+    delta [choice]. generator: on x's device; if None, the CPU tosses, and never waits for a GPU.
     """
     coin_device = generator.device if generator else "cpu"
     if torch.rand((), generator=generator, device=coin_device) >= p:
@@ -80,12 +80,12 @@ def stochastic_feature_perturbation(x: Tensor, step_size: Tensor, p: float,
 
 
 def standardize(z: Tensor, eps: float = 1e-5) -> Tensor:
-    """Eq. 15: each channel of z (N x C x ...) to mean 0 and variance 1 over all else [choice; the
-    paper can also be read as over each image alone].
+    """Eq. 15: each channel of z (N x C x ...) scaled to mean 0, variance 1 over batch and positions
+    [choice; the paper can also be read as over each image alone].
 
         z~ = (z - mean_c) / sqrt(var_c + eps)          eps inside the root, the biased variance
 
-    The definition; training uses `channel_distance`, which needs no standardized copy.
+    This is the definition; training uses `channel_distance`, which makes no standardized copy.
     """
     return F.batch_norm(z, None, None, training=True, eps=eps)  # Eq. 15
 
@@ -126,22 +126,22 @@ class ChannelDistance(torch.autograd.Function):
 
 
 def channel_distance(student: Tensor, teacher: Tensor, eps: float = 1e-5) -> Tensor:
-    """Mean of (standardize(student) - standardize(teacher))^2 over N x C x ..., without computing
-    either: standardized channels have mean 0, so it is var + var - 2 cov, five sums per channel.
-    With eps = 0 it is 2 (1 - r), r: Pearson's correlation of student and teacher in the channel:
+    """Mean of (standardize(student) - standardize(teacher))^2 over N x C x ..., from five sums per
+    channel. Standardized channels have mean 0, so a channel gives
 
         var_s / (var_s + eps) + var_t / (var_t + eps) - 2 cov / sqrt((var_s + eps)(var_t + eps))
-    """
+
+    With eps = 0 this is 2 (1 - r), r being Pearson's correlation of student and teacher."""
     return ChannelDistance.apply(student, teacher, eps)
 
 
 def csd_loss(student_feats: list[Tensor], teacher_feats: list[Tensor]) -> Tensor:
-    """CSD, Eq. 16-17, of the outputs z_l of the layers, N x C x ... each, in the same order.
+    """CSD, Eq. 16-17. Both lists hold the outputs z_l, N x C x ..., of the same layers in order.
 
         L_CSD = mean_l mean_(n,c,...) (z~_student - z~_teacher)^2
 
-    The published sum over elements and layers grows with batch, image and depth and drowns the
-    cross-entropy; the means are ours [choice]. It is 0 if all r are 1, and 4 if all are -1.
+    The paper sums over elements and layers; the sum grows with batch, image and depth and drowns
+    the cross-entropy. We take means [choice]: 0 if all correlations are 1, and 4 if all are -1.
     """
     distances = [channel_distance(s, t) for s, t in zip(student_feats, teacher_feats, strict=True)]
     return torch.stack(distances).mean()  # Eq. 17
@@ -155,16 +155,16 @@ def kd_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float =
 
 
 def layers_of(model: nn.Module) -> list[nn.Module]:
-    """All layers but the classifier: the convolutions, as in the paper. Its outputs are logits, and
-    with them CSD would be a distillation of logits in disguise."""
+    """All layers but the classifier: in ResNets and MobileNets the convolutions, as in the paper.
+    The classifier's outputs are logits: CSD on them would be logit distillation in disguise."""
     return list(common.weight_layers(model).values())[:-1]
 
 
 def perturbed(student: nn.Module, p: float, noise_at: str):
-    """A context in which SFP acts, with chance p each, on the inputs of `layers_of` and on the
-    factors of products in attention. Eq. 16 multiplies w_hat by the noisy input, so the noise is on
-    the quantized input ("operand"). The other reading has it before the quantizer ("input"), which
-    makes rounding stochastic. Fig. 2 compares with noise on the quantized weights ("weight")."""
+    """A context in which SFP acts, with chance p each, on the inputs of `layers_of` and on both
+    factors of attention's products. noise_at: "operand", after the quantizer, as Eq. 16 multiplies
+    w_hat by the noisy input; "input", before it, another reading, where noise makes rounding
+    stochastic; "weight", only on the quantized weights of `layers_of`, as Fig. 2 compares."""
     def after(quantizer, inputs, x_hat):
         return stochastic_feature_perturbation(x_hat, quantizer.grid(x_hat)[0], p)
 
@@ -183,8 +183,8 @@ def perturbed(student: nn.Module, p: float, noise_at: str):
 
 @contextmanager
 def layer_outputs(model: nn.Module) -> Iterator[list[Tensor]]:
-    """Within, a list that the outputs z_l of the layers are appended to, in order: N x C x ...; the
-    channels of tokens, N x T x C, are moved to where convolutions have them."""
+    """A context that yields a list; each layer of `layers_of` appends its output z_l, N x C x ...,
+    as it runs. Tokens, N x T x C, are turned into N x C x T."""
     def keep(layer, inputs, z):
         outputs.append(z.movedim(2, 1) if z.dim() == 3 else z)
 
@@ -198,8 +198,8 @@ def layer_outputs(model: nn.Module) -> Iterator[list[Tensor]]:
 
 def train(args: Namespace, data: Data, method: str, seed: int,
           network: nn.Module) -> tuple[nn.Module, dict, list[dict]]:
-    """Algorithm 1: (quantized network, result, history). Student and teacher both start as the
-    full-precision `network`; the teacher stays as it is, in eval mode."""
+    """Algorithm 1. Returns (quantized network, result, history). The student starts as a quantized
+    copy of the full-precision `network`; the teacher is `network` itself, fixed, in eval mode."""
     strengths = args.p, args.csd_weight, args.kd_weight, args.sam_rho
     p, csd_weight, kd_weight, rho = (on * x for on, x in zip(METHODS[method], strengths))
     student, teacher = quantize(network, args.wbits, args.abits, args.quantizer), network
@@ -245,9 +245,9 @@ def train(args: Namespace, data: Data, method: str, seed: int,
 
 @torch.no_grad()
 def output_variance(model: nn.Module, images: Tensor, sigma: float, draws: int = 16) -> float:
-    """Fig. 1: variance of the logits under N(0, sigma^2) noise on the normalised images, over
-    `draws`, relative to their variance over the images without noise [choice: logits differ in
-    scale from network to network]."""
+    """Fig. 1: variance of the logits over `draws` of N(0, sigma^2) noise on the normalised images,
+    divided by their variance over the noiseless images [choice: logits differ in scale from network
+    to network]."""
     torch.manual_seed(0)
     noisy = torch.stack([model(images + sigma * torch.randn_like(images)) for _ in range(draws)])
     return (noisy.var(0).mean() / model(images).var(0).mean()).item()
@@ -255,8 +255,8 @@ def output_variance(model: nn.Module, images: Tensor, sigma: float, draws: int =
 
 @torch.no_grad()
 def relu_output(model: nn.Module, images: Tensor) -> Tensor:
-    """Fig. 3, 4: what the second layer multiplies, values x channels; quantized if the layer is. In
-    the ResNets and MobileNets it is the output of a ReLU."""
+    """Fig. 3, 4: the input of the second layer, (values, channels), quantized if that layer is. In
+    ResNets and MobileNets it is a ReLU's output (max-pooled in ResNet-18's imagenet stem)."""
     def keep(layer, inputs):
         x = getattr(layer, "input_quantizer", nn.Identity())(inputs[0])
         found.append((x if x.dim() == 3 else x.movedim(1, -1)).flatten(0, -2))
@@ -270,17 +270,17 @@ def relu_output(model: nn.Module, images: Tensor) -> Tensor:
 def diagnose(data: Data, network: nn.Module, trained: dict[str, tuple]) -> None:
     """Print what the paper draws, for the networks of the last seed."""
     images, models = data.sample(256)[0], [network, *(model for model, *_ in trained.values())]
-    print("\nFig. 1  variance of the logits under Gaussian input noise, relative")
+    print("\nFig. 1  variance of the logits under Gaussian input noise / variance over images")
     print_row("sigma", "fp", *trained)
     for sigma in (0.05, 0.1, 0.2, 0.4):
         print_row(sigma, *(f"{output_variance(model, images, sigma):.4f}" for model in models))
     values = [relu_output(model, images) for model in models]
-    print("\nFig. 3  input of the second layer, in ResNets the output of a ReLU, quantized if the\n"
-          "        layer is: mean, least and greatest value by channel")
+    print("\nFig. 3  mean, minimum and maximum per channel of the input of the second layer (in\n"
+          "        ResNets the output of a ReLU), quantized if the layer is")
     print_row("channel", "fp", *trained)
     for i, channels in zip(range(32), zip(*(v.T for v in values))):
         print_row(i, *(f"{c.mean():.2f} {c.min():.2f} {c.max():.2f}" for c in channels))
-    print("\nFig. 4  its distribution; a # for 6 % of the values")
+    print("\nFig. 4  histogram of the same values; each # stands for 6 % of them")
     print_row("from", "fp", *trained)
     low, high = (f(torch.stack([f(v) for v in values])).item() for f in (torch.min, torch.max))
     shares = [v.histc(12, low, high) / v.numel() for v in values]
@@ -288,11 +288,11 @@ def diagnose(data: Data, network: nn.Module, trained: dict[str, tuple]) -> None:
         print_row(f"{low + (high - low) * i / 12:.2f}",
                   *("#" * round(share[i].item() / 0.06) for share in shares))
     for title, cell in (
-            ("Fig. 2  norm of the loss gradient in the weights, mean over steps; the paper\n"
-             "        compares sfp with --noise-at weight and without it",
+            ("Fig. 2  norm of the loss gradient with respect to the weights, mean over steps; the\n"
+             "        paper compares sfp with and without --noise-at weight",
              lambda h: f"{h['gradient']:.3f}"),
-            ("Fig. 5  Hessian trace ± standard error of the estimate; force of the added term,\n"
-             "        |its gradient| / |that of the cross-entropy|", lambda h:
+            ("Fig. 5  Hessian trace ± its standard error; force of the added term: norm of its\n"
+             "        gradient / norm of the cross-entropy's, at the first batch", lambda h:
              f"{h['trace'][0]:.0f} ± {h['trace'][1]:.0f}; {h.get('force', 0):.2f}")):
         print(f"\n{title}; by epoch")
         print_row("epoch", *trained)

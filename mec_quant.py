@@ -3,11 +3,11 @@ Extremely Low Bit Quantization-Aware Training", arXiv 2509.15514.
 
 The idea. Few bits bias what a network represents. So MEC-Quant keeps the features rich while the
 network learns the labels. It measures the features' entropy by the length of a lossy code for them.
-Experts share the code of long-tailed features; ours each take a range of magnitudes [choice].
-Training minimises the cross-entropy minus the length of the code.
+Experts share the coding of long-tailed features, each a range of magnitudes [choice]. Training
+minimises the cross-entropy (CE) minus beta times the relative length of the code.
 
-Only the abstract and summaries of the paper were at hand. Coding length and series are those of its
-ancestors (Ma et al. 2007; MEC, Liu et al. 2022); the mixture is rebuilt on MCR^2 (Yu et al. 2020).
+We had only abstract and summaries; [choice] marks our decisions. Length and series are from Ma et
+al. 2007 and Liu et al. 2022; the mixture is after maximal coding rate reduction (Yu et al. 2020).
 
     symbol                                                                              from
     Z: m x d              normalized_rows(features), m images, d features               [choice]
@@ -39,17 +39,17 @@ PAPER = {"model": "resnet18", "stem": "imagenet", "dataset": "cifar10", "batch_s
          # Above: FPQ's protocol (we infer the stem). Below, and --augment: ours [choice].
          "fp_epochs": 200, "fp_lr": 0.1, "fp_weight_decay": 5e-4, "pad": 4}
 
-# The gates of the mixture (None: no coding length), and whether Z2 is what --branch does not say.
+# By method: its gates (None: no coding length, "one": no experts); is Z2 the other --branch?
 METHODS = {"baseline": (None, False), "mec": ("one", False), "mec-quant": ("scale", False),
            "branch": ("scale", True), "random": ("random", False), "kd": (None, False)}
 ORDERS = (2, 4, 8)  # of the series that --diagnose compares with the exact value
 
 
 def even(text: str) -> int:
-    """An argparse type: the last term of an odd order is positive and rewards a collapsed Z."""
+    """An argparse type: an even number, as the last term of an odd order rewards a collapsed Z."""
     order = common.number(int, 2, 100)(text)
     if order % 2:
-        raise argparse.ArgumentTypeError(f"{text!r} should be even: odd orders reward collapse")
+        raise argparse.ArgumentTypeError(f"{text!r} is odd and rewards collapse; try {order - 1}")
     return order
 
 
@@ -60,19 +60,19 @@ def parse_args() -> Namespace:
     common.add_flags(
         parser, "method",
         ("--method", list(METHODS), ["baseline", "mec-quant"], "what to train"),
-        ("--beta", number(float, 0, 1e6), 1.0, "weight of the coding length"),
-        ("--eps2", number(float, 1e-6, 1e6), 1 / 32, "distortion eps_d^2 per feature"),
-        ("--order", even, None, "of the series, in mec; without it the exact value"),
-        ("--experts", number(int, 1, 64), 3, "K: scales of the mixture"),
-        ("--branch", ["self", "teacher"], "self", "Z2: Z, or full precision's features"),
-        ("--features", ["float", "quantized"], "float", "Z before or after the 8-bit quantizer"),
-        ("--kd-weight", number(float, 0, 1e6), 1.0, "of the distillation of logits, in kd only"),
-        ("--ablate", bool, False, f"train {' '.join(METHODS)}"),
-        ("--diagnose", bool, False, "rank of the features, series, experts, force of the term"))
+        ("--beta", number(float, 0, 1e6), 1.0, "weight of the coding length in the loss"),
+        ("--eps2", number(float, 1e-6, 1e6), 1 / 32, "squared error per feature the code may make"),
+        ("--order", even, None, "even order of the series in mec (without it: the exact value)"),
+        ("--experts", number(int, 1, 64), 3, "K: number of experts"),
+        ("--branch", ["self", "teacher"], "self", "Z2: the student's Z, or full precision's"),
+        ("--features", ["float", "quantized"], "float", "Z before or after the last quantizer"),
+        ("--kd-weight", number(float, 0, 1e6), 1.0, "weight of knowledge distillation in kd"),
+        ("--ablate", bool, False, f"train all methods: {' '.join(METHODS)}"),
+        ("--diagnose", bool, False, "print rank of features, error of series, gates, term"))
     args = common.parse(parser, PAPER)
     args.method = list(METHODS if args.ablate else dict.fromkeys(args.method))
     if args.order and "mec" not in args.method:
-        parser.error("only --method mec takes --order; name mec, or leave --order out")
+        parser.error("--order has no effect without --method mec: add mec, or leave --order out")
     return args
 
 
@@ -80,8 +80,8 @@ def parse_args() -> Namespace:
 
 
 def normalized_rows(features: Tensor) -> Tensor:
-    """Z: features (m x d) minus their mean over the batch, rows of unit norm. Uncentred, ReLU
-    features have much of their energy in one direction [choice]. Finite, and 0, for equal rows."""
+    """Z: features (m x d) minus their mean over the batch, rows scaled to norm 1; 0 for equal rows.
+    We centre [choice], as uncentred ReLU features have much of their energy in one direction."""
     z = features - features.mean(0)
     return z * (z.square().sum(1, keepdim=True) + 1e-6).rsqrt()
 
@@ -96,8 +96,8 @@ def series_logdet(c: Tensor, order: int) -> Tensor:
 
 
 def logdet(c: Tensor, symmetric: bool) -> Tensor:
-    """log |det(I + C)| of ... x n x n. Cholesky is enough for the symmetric C of one branch, and
-    does not wait for the device; two branches need LU, whose determinant's sign is dropped."""
+    """log |det(I + C)| of ... x n x n. One branch has a symmetric C: Cholesky is enough, and does
+    not wait for the device. Two branches need LU factors; we drop the determinant's sign."""
     eye = torch.eye(c.shape[-1], dtype=c.dtype, device=c.device)
     if symmetric:
         factor = torch.linalg.cholesky_ex(eye + c).L
@@ -107,14 +107,14 @@ def logdet(c: Tensor, symmetric: bool) -> Tensor:
 
 def coding_length(z1: Tensor, z2: Tensor | None = None, *, eps2: float,
                   order: int | None = None) -> Tensor:
-    """L(Z1, Z2), nats that a code with distortion eps_d^2 needs for Z1 and Z2; Z2 is Z1 by default.
-    m x d each, centred and normalised by the caller.
+    """L(Z1, Z2): nats of a code for Z1 and Z2 with squared error eps_d^2 per feature. Z2 is Z1 by
+    default. m x d each; the caller centres and normalises them.
 
         L = mu log det(I + lambda Z1^T Z2),  mu = (m + d) / 2,  lambda = 1 / (m eps_d^2)
 
-    The m x m form, I + lambda Z1 Z2^T, has the same determinant; the smaller one is taken. The
-    default is exact. An even `order` takes the ancestor's series; where that diverges, it warns and
-    stays exact [choice], a check that waits for the device. An odd order raises ValueError.
+    The m x m form, I + lambda Z1 Z2^T, has the same determinant; we take the smaller matrix. The
+    default is exact. An even `order` takes the ancestor's series, but warns and stays exact at
+    a spectral norm of 1 or more [choice], waiting for the device. An odd one raises ValueError.
     """
     m, d = z1.shape
     a, b = (z1, z1 if z2 is None else z2) if m <= d else (z1.T, (z1 if z2 is None else z2).T)
@@ -127,13 +127,13 @@ def coding_length(z1: Tensor, z2: Tensor | None = None, *, eps2: float,
 def series_converges(c: Tensor, order: int) -> bool:
     """Whether the spectral norm of C is below 1; a warning, shown once, if it is not."""
     if order % 2 or order < 2:
-        raise ValueError(f"order should be even, not {order}: odd ones reward collapse")
+        raise ValueError(f"order should be 2, 4, 6, ..., not {order}: odd ones reward collapse")
     if not c.isfinite().all():  # LAPACK would raise; the series gives a loss of nan
         return True
     norm = torch.linalg.matrix_norm(c.detach(), 2).item()
     if norm >= 1:
-        warnings.warn("the coding length's series diverges (spectral norm 1 or more): the exact "
-                      "value is used; a larger --eps2 makes it converge", stacklevel=3)
+        warnings.warn("the coding length's series diverges (spectral norm 1 or more), so the exact "
+                      "value is used; give a larger --eps2, or leave --order out", stacklevel=3)
     return norm < 1
 
 
@@ -143,10 +143,10 @@ def moe_coding_length(z: Tensor, gates: Tensor, *, eps2: float, z2: Tensor | Non
         L_moe = (m + d) / 2 sum_k n_k / m log det(I + 1 / (n_k eps_d^2) Z^T diag(pi_k) Z2)
         n_k = sum_j pi_jk
 
-    One expert gives L(Z). With one branch, more give a lower bound of it, as log det is concave, so
-    maximising it is safe. That is why the weights are mu n_k / m [choice]: (n_k + d) / 2, which K
-    separate codes would cost, can exceed L(Z). The bits that name the expert are left
-    out, as the gates are constants. The K matrices are d x d or, if smaller, m x m.
+    One expert gives L(Z). With one branch L_moe is a lower bound of L(Z), as log det is concave, so
+    it is safe to maximise. So we weigh by (m + d) / 2 n_k / m [choice]: with (n_k + d) / 2, the
+    cost of K separate codes, it can exceed L(Z). We leave out the bits that name the expert, as
+    the gates are constants. The K matrices are d x d or, if smaller, m x m.
     """
     m, d = z.shape
     n = gates.sum(0).clamp_min(common.TINY)
@@ -157,9 +157,9 @@ def moe_coding_length(z: Tensor, gates: Tensor, *, eps2: float, z2: Tensor | Non
 
 
 def scale_gates(magnitudes: Tensor, experts: int) -> Tensor:
-    """pi: m x K, from Gaussians over the log-magnitudes, as a long tail is a mixture of scales;
-    expert k has its own at their (k + 1/2) / K quantile, of width std / K [choice].
-    magnitudes: m, norms of the features before they are normalised. No gradient."""
+    """pi: m x K, rows sum to 1. A long tail mixes scales, so each expert has a Gaussian over
+    log-magnitudes: expert k at their (k + 1/2) / K quantile, with width std / K [choice].
+    magnitudes: m, norms of the features before `normalized_rows`. No gradient flows."""
     scale = magnitudes.detach().clamp_min(common.TINY).log()
     levels = (torch.arange(experts, device=scale.device, dtype=scale.dtype) + 0.5) / experts
     width = scale.std(correction=0) / experts + 1e-6
@@ -167,18 +167,18 @@ def scale_gates(magnitudes: Tensor, experts: int) -> Tensor:
 
 
 def random_gates(magnitudes: Tensor, experts: int) -> Tensor:
-    """The control of `scale_gates`: as soft, but by chance."""
+    """The control of `scale_gates`: random gates, m x K, about as soft as those."""
     return scale_gates(torch.randn_like(magnitudes).exp(), experts)
 
 
 def longest_code(m: int, d: int, eps2: float) -> float:
-    """L_max: L(Z) of m unit rows spread over all r directions; beta then fits any m and d."""
+    """L_max: L(Z) of m unit rows spread evenly over r directions; beta then fits any m and d."""
     r = min(m, d)
     return (m + d) / 2 * r * math.log(1 + 1 / (r * eps2))
 
 
 def mec_term(args: Namespace, features: Tensor, other: Tensor | None, kind: str) -> Tensor:
-    """L / L_max, at most 1, of the student's features (m x d) and the other branch's, if any."""
+    """L / L_max, at most 1, of m x d features and the other branch's, if any; kind: its gates."""
     z, z2 = normalized_rows(features), None if other is None else normalized_rows(other)
     if kind == "one":
         length = coding_length(z, z2, eps2=args.eps2, order=args.order)
@@ -190,14 +190,14 @@ def mec_term(args: Namespace, features: Tensor, other: Tensor | None, kind: str)
 
 
 def kd_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 4.0) -> Tensor:
-    """Distillation of logits (Hinton et al. 2015), for reference: T^2 KL(teacher || student)."""
+    """Knowledge distillation (Hinton et al. 2015): T^2 KL(teacher || student); N x classes each."""
     student, teacher = ((z / temperature).log_softmax(1) for z in (student_logits, teacher_logits))
     return temperature**2 * F.kl_div(student, teacher, log_target=True, reduction="batchmean")
 
 
 @contextmanager
 def penultimate(model: nn.Module, features: str = "float") -> Iterator[list[Tensor]]:
-    """A list; within, each pass appends the last layer's input, N x d: in ResNets pooled."""
+    """Yields a list. Inside, each forward pass appends the last layer's input, N x d, to it."""
     def keep(layer, inputs):
         found.append(layer.input_quantizer(*inputs) if features == "quantized" else inputs[0])
 
@@ -250,7 +250,7 @@ def train(args: Namespace, data: Data, method: str, seed: int,
 
 @torch.no_grad()
 def features_of(model: nn.Module, data: Data) -> Tensor:
-    """Pooled features, not quantized, of 512 fixed training images, batch norm in eval mode."""
+    """Float features, m x d, of m <= 512 fixed training images; leaves model in eval mode."""
     with penultimate(model.eval()) as features:
         model(data.sample(512)[0])
     return features[0]
@@ -259,7 +259,7 @@ def features_of(model: nn.Module, data: Data) -> Tensor:
 def series_errors(args: Namespace, features: Tensor) -> tuple[float, ...]:
     """Spectral norm of C, then the relative error of the series of each of ORDERS."""
     z = normalized_rows(features)
-    c = (z.T @ z / (len(z) * args.eps2)).nan_to_num()  # a run that diverged ends by its loss
+    c = (z.T @ z / (len(z) * args.eps2)).nan_to_num()  # nan would raise; Run checks the loss
     exact = logdet(c, True)
     errors = [(series_logdet(c, order) - exact) / exact for order in ORDERS]
     return torch.linalg.matrix_norm(c, 2).item(), *torch.stack(errors).tolist()
@@ -285,18 +285,18 @@ def diagnose(args: Namespace, data: Data, network: nn.Module, trained: dict) -> 
     for name, f in features.items():
         length, rank, top = spectrum(f, args.eps2)
         print_row(name, f"{length:.4f}", f"{rank:.2f}", f"{100 * top:.1f} %")
-    print("\nforce of the term in an epoch's first step, |its gradient| / |the cross-entropy's|")
+    print("\nfirst step of each epoch: |gradient of the term| / |gradient of the cross-entropy|")
     print_row("epoch", *trained)
     for row in zip(*(history for *_, history in trained.values())):
         print_row(row[0]["epoch"], *(f"{h.get('force', 0):.4f}" for h in row))
     last = "mec-quant" if "mec-quant" in trained else list(trained)[-1]
-    print(f"\nby epoch, {last}: spectral norm; relative error of the series of orders {ORDERS}")
+    print(f"\nby epoch, {last}: spectral norm of C; relative error of its series, orders {ORDERS}")
     for row in trained[last][2]:
         if "series" in row:  # a run resumed after training without --diagnose has none
             print_row(row["epoch"], *(f"{e:+.4f}" for e in row["series"]))
     magnitudes = features[last].norm(dim=1)
     gates = scale_gates(magnitudes, args.experts)
-    print(f"\nscale gates on {last}: mean gate, magnitudes of the rows where it is the largest")
+    print(f"\nscale gates on {last}: expert, mean gate, magnitudes where its gate is largest")
     for k in range(args.experts):
         own = magnitudes[gates.argmax(1) == k]
         span = f"{own.min():.3f} to {own.max():.3f}" if len(own) else "none"

@@ -1,11 +1,11 @@
 """How much a step of quantization-aware training costs: python tests/bench_step.py [FLAGS]
 
-Each row is a script that trains as its user starts it, in a process of its own, but one step at a
-time, in turn with the others: W2A2, batch 128. The table has the seconds of a step, data included,
-over those of the full-precision step of the same turn: the median over the turns, so a machine
-that changes its speed changes little. Flags of the scripts are passed on to them (--device cpu).
-The last rows are the baseline with torch's learnable operators, and with the quantizers of torchao
-and brevitas, if they are installed.
+Each row is a script in its own process; the processes take turns, one step each, at W2A2 (2-bit
+weights and activations), batch 128. The table has the seconds of a step, data included, over those
+of the full-precision step of the same turn, as the median over turns: changes of the machine's
+speed hardly matter. Students start from untrained networks, which cost the same. FLAGS are passed
+on to the scripts (--device cpu). The last rows are the baseline with torch's learnable operators,
+and with the quantizers of torchao and brevitas, if installed, which take 2 bits in every layer.
 """
 
 import copy
@@ -52,14 +52,14 @@ def torchao():
             layer.input_quantizer, layer.weight_quantizer = a, w
         return student.to(layer.weight.device)
     common.quantize = with_its_quantizers
-    common.calibrate = lambda student, images: student(images)  # makes its step sizes
+    common.calibrate = lambda student, images: student(images)  # the first pass makes step sizes
 
 
 def brevitas():
     import brevitas.nn as qnn
     from brevitas.graph.quantize import layerwise_quantize
     from brevitas.quant import Int8WeightPerChannelFloat, Uint8ActPerTensorFloat
-    # Its step sizes of inputs are learned after one step, not 300, of collecting statistics.
+    # Brevitas would collect statistics of inputs for 300 steps before it learns; here for one.
     options = {"input_quant": Uint8ActPerTensorFloat, "input_bit_width": 2,
                "input_collect_stats_steps": 1, "weight_quant": Int8WeightPerChannelFloat,
                "weight_bit_width": 2, "weight_scaling_impl_type": "parameter_from_stats"}
@@ -68,7 +68,7 @@ def brevitas():
     common.calibrate = lambda student, images: student.train()(images)
 
 
-# Script, method, and what replaces the quantizers of the script.
+# Script, method and, for the rows of other libraries, the function that puts their quantizers in.
 VARIANTS = {"full precision": ("flat_quant", "sgd"), "baseline": ("fpq", "baseline"),
             "fpq": ("fpq", "fpq"), "cr": ("cr_qat", "cr"), "mec-quant": ("mec_quant", "mec-quant"),
             "dnq": ("flat_quant", "weight+activation")}
@@ -77,7 +77,7 @@ VARIANTS |= {peer.__name__: ("fpq", "baseline", peer)
 
 
 def child(pipe, flags, script, method, peer=lambda: None):
-    """Run the script. It sends the seconds of a step, then waits to make another."""
+    """Run the script. Send each step's seconds, then wait; or send why `peer` cannot load."""
     sys.argv, sys.stdout = [script, *flags, "--method", method], open(os.devnull, "w")
     batches = common.Data.batches
 
@@ -104,7 +104,7 @@ def child(pipe, flags, script, method, peer=lambda: None):
 
 
 def time_steps(flags: list) -> dict:
-    """Median over the turns of each variant's seconds, relative to full precision in that turn."""
+    """{variant: median over turns of its seconds over full precision's}; names those it skips."""
     context, pipes = multiprocessing.get_context("spawn"), {}
     for name, variant in VARIANTS.items():
         pipes[name], end = context.Pipe()
@@ -113,7 +113,7 @@ def time_steps(flags: list) -> dict:
         if isinstance(ready := pipes[name].recv(), str):
             print(f"{name} is skipped: {ready}")
             del pipes[name]
-    # A step of each: the child makes it when it has been sent something.
+    # Each variant makes a step when it is sent something. The first two turns only warm up.
     rows = [{name: pipe.send("go") or pipe.recv() for name, pipe in pipes.items()}
             for _ in range(2 + TURNS)][2:]
     for process in multiprocessing.active_children():

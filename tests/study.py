@@ -1,11 +1,11 @@
-"""Runs what is missing of a list of commands, one process a core, and keeps their results as data:
+"""Runs the commands of a plan that have no results yet, --jobs at a time, and keeps the results:
 
-    python tests/study.py tuning --data-dir DIR     weights and constants, on held-out images
+    python tests/study.py tuning --data-dir DIR     loss weights and constants, on held-out images
     python tests/study.py study --data-dir DIR      the methods and their controls, on test images
-    python tests/study.py report                    tables, verdicts and charts, from the data
+    python tests/study.py report                    tables, verdicts and charts, from the results
 
-DIR is CIFAR-10 as a folder of images. Every command is the exact command line of a script, for one
-seed. Stopped at any moment, the same call goes on. Plan: tests/data/plan.json; data beside it.
+DIR has CIFAR-10 as train/<class>/* and test/<class>/*. Each command trains one seed; `run` adds DIR
+to it. If you stop the runs, the same call goes on. tests/data has the plan and the results.
 """
 
 import argparse
@@ -24,11 +24,11 @@ DATA = ROOT / "tests/data"
 sys.path.insert(0, str(ROOT))
 from common import FP_FLAGS, mean_and_error  # noqa: E402
 
-# Two lists of tables. A row is [name, script and flags, method of the result, published gain if
-# any]; the first row is the reference; "fp" is the full precision that it starts from. A column is
-# [heading, flags, bits of weights, of activations, figure if not acc]. A claim, [paper, text,
-# table, columns, row, other row, figure, margin], holds in a column if row - other row - 2 standard
-# errors > margin.
+# "tuning" and "study" are lists of tables. A row is [name, script and flags, method, published gain
+# if any]; the first is the reference; "fp" is the full precision that the reference starts from. A
+# column is [heading, flags, bits of weights, of activations, figure if not acc]. A claim is [paper,
+# text, table, indices of columns, row, other row, figure, margin]; it holds in a column if the mean
+# of row - other row, less 2 standard errors, is above the margin.
 PLAN = json.loads((DATA / "plan.json").read_text())
 
 
@@ -37,7 +37,7 @@ def command(table: dict, row: list, column: list, seed: int) -> str:
 
 
 def commands(tables: list[dict]) -> list[str]:
-    """Of all tables: up to three seeds, tables of the lowest tier first; then more seeds."""
+    """Of all tables: first seeds 0 to 2, then the others; in each part the lowest tier first."""
     found = [((seed >= 3, table["tier"], seed), command(table, row, column, seed))
              for table in tables for seed in range(table["seeds"])
              for row in table["rows"] if row[2] != "fp" for column in table["columns"]]
@@ -49,7 +49,7 @@ def read(file: Path) -> list[dict]:
 
 
 def run(commands: list[str], data: Path, data_dir: Path, out: Path, jobs: int) -> None:
-    """Run the commands that `data` has no results of, `jobs` at a time; append their results."""
+    """Run, `jobs` at a time, the commands without results in the file `data`, and append theirs."""
     def one(command):
         words = [sys.executable, *shlex.split(command)[1:], "--data-dir", str(data_dir),
                  "--out", str(out), "--resume"]
@@ -58,14 +58,14 @@ def run(commands: list[str], data: Path, data_dir: Path, out: Path, jobs: int) -
                                   env=os.environ | {"OMP_NUM_THREADS": "1"}).returncode
         rows = [row | {"command": command} for row in read(out / "results.jsonl")
                 if row["command"].startswith(command + " --data-dir") and code == 0]
-        with data.open("ab", buffering=0) as file:  # one write: a kill leaves no half line
+        with data.open("ab", buffering=0) as file:  # one write, so a kill leaves no half line
             file.write("".join(json.dumps(row) + "\n" for row in rows).encode())
-        print(f"exit code {code}, {len(rows)} results: {command}", flush=True)
+        print(f"exit code {code}, {len(rows)} results, see {out}/log.txt: {command}", flush=True)
     out.mkdir(parents=True, exist_ok=True)
     done = {row["command"] for row in read(data)}
     missing = [command for command in commands if command not in done]
     with ThreadPoolExecutor(jobs) as pool:
-        list(pool.map(one, missing))  # which raises what one of them raised
+        list(pool.map(one, missing))  # list() raises here what a thread raised
 
 
 def start(result: dict) -> tuple:
@@ -74,7 +74,7 @@ def start(result: dict) -> tuple:
 
 
 def index(rows: list[dict]) -> dict:
-    """Results by command, method and bits; beside each the full precision that it started from."""
+    """Results by (command, method or its start "fp", bits); "trace 30" in them is of epoch 30."""
     fp, found = {start(r): r for r in rows if r["method"] == "fp"}, {}
     for r in rows:
         by_epoch = {f"{name} {h['epoch']}": np.ravel(h[name])[0]
@@ -85,7 +85,7 @@ def index(rows: list[dict]) -> dict:
 
 
 def values(table: dict, names: list, column: list, found: dict, what: str = "acc") -> list[float]:
-    """By seed: the first row's accuracy, or another figure, minus the second row's, if any."""
+    """By complete seed: the first row's figure, the column's own or `what`, minus the second's."""
     by_seed, rows = [], {row[0]: row for row in table["rows"]}
     for seed in range(table["seeds"]):
         terms = []
@@ -105,7 +105,7 @@ def moments(sample: list[float]) -> tuple[float, float]:
 
 
 def tuning_table(found: dict) -> str:
-    """Mean accuracy on held-out images for each value of a flag."""
+    """Mean accuracy on held-out images for each value of a flag; (1) marks a mean over one seed."""
     lines = ["| script, method | flag (default) | value: held-out acc. %, crop+flip | without |",
              "|---|---|---|---|"]
     for table in PLAN["tuning"]:
@@ -136,7 +136,7 @@ def study_table(table: dict, found: dict) -> str:
 
 
 def verdicts(found: dict) -> str:
-    """A row per claim: what was measured, and if there are three seeds, whether the claim holds."""
+    """A row per claim: what we measured and, from three seeds on, whether the claim holds."""
     lines = ["| paper | claim | measured (seeds) | holds |", "|---|---|---|---|"]
     for paper, claim, title, where, name, than, what, margin in PLAN["claims"]:
         (table,), cells = [t for t in PLAN["study"] if t["title"] == title], []
@@ -155,7 +155,7 @@ def verdicts(found: dict) -> str:
 
 
 def chart(title: str, y: str, x: list, *series: tuple) -> str:
-    """A chart in Mermaid's language, if it is complete; series: ("bar" or "line", values)."""
+    """A chart for Mermaid, or "" if a value is missing; series: ("bar" or "line", values)."""
     names = ", ".join(f'"{name}"' for name in x)
     lines = [f"    {kind} [{', '.join(f'{v:.2f}' for v in data)}]" for kind, data in series]
     return "" if "nan" in title + str(lines) else "\n".join([
@@ -164,7 +164,7 @@ def chart(title: str, y: str, x: list, *series: tuple) -> str:
 
 
 def charts(found: dict) -> list[str]:
-    """FPQ's gains with their errors, the trace by epoch, PTQ by bits, its drop by trace."""
+    """FPQ's gains and trace by epoch; accuracy after PTQ by bits, and its drop by trace."""
     def mean(table, name, column, what="acc"):
         return moments(values(table, [name], column, found, what))[0]
 
@@ -179,7 +179,7 @@ def charts(found: dict) -> list[str]:
     drops = [acc[name][0] - acc[name][2] for name in names]
     r = np.corrcoef(np.log(traces), drops)[0, 1]
     return [
-        chart("Gain over LSQ, W2A2, no augmentation; lines: a standard error more and less",
+        chart("Gain over LSQ, W2A2, no augmentation; lines: plus and minus one standard error",
               "points", bars, ("bar", gains), ("line", gains - error), ("line", gains + error)),
         chart("Hessian trace by epoch: LSQ, then FPQ", "trace", range(1, 31), *(
             ("line", [mean(fpq, name, none, f"trace {epoch}") for epoch in range(1, 31)])
@@ -210,7 +210,7 @@ def main() -> None:
     if args.plan == "report":
         print(report())
     elif args.data_dir is None:
-        parser.error("--data-dir is missing: CIFAR-10 as a folder of images")
+        parser.error("add --data-dir DIR, with CIFAR-10 in DIR/train and DIR/test")
     else:
         run(commands(PLAN[args.plan]), DATA / f"{args.plan}.jsonl", args.data_dir.resolve(),
             args.out.resolve(), args.jobs)

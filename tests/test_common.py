@@ -89,8 +89,8 @@ def test_cifar_is_read_where_it_lies_and_only_auto_does_without(monkeypatch, cap
     assert (data.name, data.classes, data.split, len(data.test_labels)) == ("cifar10", 3, "test", 3)
     assert (data.train_padded[:, 2:-2, 2:-2] == 7).all()
     monkeypatch.setattr(torchvision.datasets, "CIFAR10", lambda *_, **__: 1 / 0)
-    assert load(dataset="auto").name == "shapes" and "'shapes' instead" in capsys.readouterr().err
-    with pytest.raises(common.UsageError, match="cifar10 is not in nowhere .* .division by zero"):
+    assert load(dataset="auto").name == "shapes" and "Using 'shapes'" in capsys.readouterr().err
+    with pytest.raises(common.UsageError, match="cifar10 cannot .* nowhere .* .division by zero"):
         load(dataset="cifar10")
 
 

@@ -125,7 +125,7 @@ def test_killed_and_resumed_ends_as_undisturbed(seed, script, images, undisturbe
 
 def test_ctrl_c_is_one_line_and_keeps_the_epochs_before(run, images, tmp_path, monkeypatch):
     monkeypatch.setattr(common, "update_bn", Mock(side_effect=KeyboardInterrupt))
-    assert_one_line(run("fpq", SHORT, images), "interrupted; --resume goes on", 130)
+    assert_one_line(run("fpq", SHORT, images), "interrupted; add --resume", 130)
     assert len(torch.load(next(tmp_path.glob("fp-*.pt")))["history"]) == 2
 
 
