@@ -60,7 +60,7 @@ def run(commands: list[str], data: Path, data_dir: Path, out: Path, jobs: int) -
                 if row["command"].startswith(command + " --data-dir") and code == 0]
         with data.open("ab", buffering=0) as file:  # one write, so a kill leaves no half line
             file.write("".join(json.dumps(row) + "\n" for row in rows).encode())
-        print(f"exit code {code}, {len(rows)} results, see {out}/log.txt: {command}", flush=True)
+        print(f"exit code {code}, {len(rows)} results, see log.txt: {command}", flush=True)
     out.mkdir(parents=True, exist_ok=True)
     done = {row["command"] for row in read(data)}
     missing = [command for command in commands if command not in done]
