@@ -39,9 +39,9 @@ PAPER = {"model": "resnet18", "stem": "imagenet", "dataset": "cifar10", "batch_s
          "lambda_max": 1.0, "ema": 0.999, "ramp_epochs": 5.0,  # after the mean teacher
          "fp_epochs": 200, "fp_lr": 0.1, "fp_weight_decay": 5e-4, "pad": 4}
 
-# What sets the target for the second view. None: it has no second view. "label": the label, to show
-# what more augmentation gives. "student": its own weights (Pi-model, Laine & Aila 2017; no gradient
-# flows there [choice]). "full precision": that network. "average": the student's average.
+# Who predicts the target from the second view: "student": its own weights (Pi-model, Laine & Aila
+# 2017; no gradient flows there [choice]), "full precision" or the student's "average". None: there
+# is no second view. "label": the student learns it, too, to show what more augmentation gives.
 METHODS = {"baseline": None, "two-view": "label", "pi": "student", "fp-teacher": "full precision",
            "cr": "average"}
 VIEWS = ["none", "flip", "crop+flip", "crop+flip+noise", "crop+flip+colour"]

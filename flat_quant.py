@@ -17,7 +17,7 @@ our own decisions are marked [choice].
     W dx, dW x, the rest   error_decomposition(layer, x): AQE, WQE, cross             authors
     n_t                    DifferentialWeightNoise.injected                           authors
     x + M n                ActivationNoise, M ~ Bernoulli(P), P by --rho and --mask   authors
-    r g / |g|              common.SAM.ascended (Foret et al. 2021), r by --sam-rho    ancestor
+    r g / |g|              common.SAM.ascended, r by --sam-rho                        Foret 2021
     lambda, its ramp       --noise-lambda, --ramp-epochs                              authors
 
     python flat_quant.py --bits 4                      plain and flat network, before and after PTQ
@@ -142,7 +142,7 @@ class DifferentialWeightNoise:
 
         W <- W + n_t - n_(t-1),   n_t = lambda (mu + sigma e),   e ~ N(0, 1)
 
-    With w = W - n this reads w <- w - lr dL/dw(w + n): Anti-PGD (anticorrelated perturbed gradient
+    With SGD, w = W - n obeys w <- w - lr dL/dw(w + n): Anti-PGD (anticorrelated perturbed gradient
     descent, Orvieto et al. 2022) with quantization's statistics. The network holds w. We measure at
     the start of each epoch [choice; the authors average over their 120 epochs, memory 0.9].
     `isotropic` gives all weights zero-mean noise of one variance, and the same sum of squares.
@@ -231,9 +231,9 @@ def train(args: Namespace, data: Data, method: str, seed: int) -> dict[str, tupl
     both, as averaging does not touch training; --swa-rate changes the learning rate, and so both.
 
     "weight" is differential: n_t leaves after the step, so weight decay sees w + n_t. "additive"
-    [choice] takes n_t away before it, so decay sees w. We do not build the third known one, two
-    passes for one step, at w + n and w - n. "isotropic" and "wrong-bits" are differential controls,
-    whose noise has another shape or another size.
+    [choice] takes n_t away before it, so decay sees w. A zero-mean pair of injections, at w + n and
+    w - n for one step, is not built. "isotropic" and "wrong-bits" are differential controls, whose
+    noise has another shape or another size.
     """
     parts, on_weights, on_activations = method.split("+"), None, None
     torch.manual_seed(common.random_stream("weights", seed))

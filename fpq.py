@@ -17,7 +17,7 @@ standardized distillation (CSD). The loss is cross-entropy plus CSD (Eq. 22).
     L = L_CE + L_CSD                 train()                                       Eq. 22, Alg. 1
 
     python fpq.py --bits 2                         full precision, baseline (LSQ), FPQ
-    python fpq.py --bits 2 --ablate --diagnose     the paper's ablation, its figures as numbers
+    python fpq.py --bits 2 --ablate --diagnose     all six methods, the paper's figures as numbers
 """
 
 from argparse import Namespace
@@ -217,9 +217,9 @@ def train(args: Namespace, data: Data, method: str, seed: int,
                     with torch.no_grad(), layer_outputs(teacher) as teacher_feats:
                         teacher_logits = teacher(images)
                 if csd_weight:
-                    term = csd_weight * csd_loss(student_feats, teacher_feats)  # Eq. 16-17
+                    term += csd_weight * csd_loss(student_feats, teacher_feats)  # Eq. 16-17
                 if kd_weight:
-                    term = kd_weight * kd_loss(logits, teacher_logits, args.kd_temperature)
+                    term += kd_weight * kd_loss(logits, teacher_logits, args.kd_temperature)
                 if args.diagnose and (csd_weight or kd_weight) and "force" not in run.notes:
                     run.notes["force"] = common.gradient_ratio(term, cross_entropy, student)
                 loss = cross_entropy + term  # Eq. 22
@@ -228,7 +228,7 @@ def train(args: Namespace, data: Data, method: str, seed: int,
                 if args.diagnose:
                     grads = [layer.weight.grad for layer in layers_of(student)]
                     run.log(gradient=nn.utils.get_total_norm(grads))
-                if rho:  # the rival of Table 1: the gradient at the ascended weights
+                if rho:  # the rival of Table 1: cross-entropy's gradient at the ascended weights
                     with sam.ascended():
                         optimizer.zero_grad()
                         F.cross_entropy(student(images), labels).backward()

@@ -11,8 +11,8 @@ al. 2007 and Liu et al. 2022; the mixture is after maximal coding rate reduction
 
     symbol                                                                              from
     Z: m x d              normalized_rows(features), m images, d features               [choice]
-    eps_d^2, lambda       --eps2; 1 / (m eps_d^2)                                       ancestor
-    L(Z), L(Z1, Z2)       coding_length(z1, z2), exact or series of even order          ancestor
+    eps_d^2, lambda       --eps2; 1 / (m eps_d^2)                                       Liu
+    L(Z), L(Z1, Z2)       coding_length(z1, z2), exact or series of even order          Ma, Liu
     pi_jk                 scale_gates(magnitudes, K), m x K, rows sum to 1              [choice]
     L_moe                 moe_coding_length(z, gates)                                   [choice]
     CE - beta L / L_max   train(), longest_code(m, d) normalises                        [choice]
@@ -39,7 +39,7 @@ PAPER = {"model": "resnet18", "stem": "imagenet", "dataset": "cifar10", "batch_s
          # Above: FPQ's protocol (we infer the stem). Below, and --augment: ours [choice].
          "fp_epochs": 200, "fp_lr": 0.1, "fp_weight_decay": 5e-4, "pad": 4}
 
-# By method: its gates (None: no coding length, "one": no experts); is Z2 the other --branch?
+# By method: gates (None: no coding length, "one": no experts); whether Z2 is what --branch is not.
 METHODS = {"baseline": (None, False), "mec": ("one", False), "mec-quant": ("scale", False),
            "branch": ("scale", True), "random": ("random", False), "kd": (None, False)}
 ORDERS = (2, 4, 8)  # of the series that --diagnose compares with the exact value
@@ -113,7 +113,7 @@ def coding_length(z1: Tensor, z2: Tensor | None = None, *, eps2: float,
         L = mu log det(I + lambda Z1^T Z2),  mu = (m + d) / 2,  lambda = 1 / (m eps_d^2)
 
     The m x m form, I + lambda Z1 Z2^T, has the same determinant; we take the smaller matrix. The
-    default is exact. An even `order` takes the ancestor's series, but warns and stays exact at
+    default is exact. An even `order` takes the series of Liu et al., but warns and stays exact at
     a spectral norm of 1 or more [choice], waiting for the device. An odd one raises ValueError.
     """
     m, d = z1.shape
