@@ -649,7 +649,7 @@ def parse(parser: Parser, recipe: dict) -> Namespace:
 
 
 def entry(main):
-    """Run main. User errors are one line; exit codes: 2 input, disk, memory; 3 loss; 130 Ctrl-C."""
+    """Run main. User errors are one line; exit codes: 2 input or disk, 3 loss, 130 Ctrl-C."""
     if sys.platform == "linux":
         # Else glibc returns large blocks to the kernel; page faults cost 10 to 20 % of a CPU step.
         ctypes.CDLL(None).mallopt(-4, 0)  # M_MMAP_MAX: no block comes straight from the kernel
@@ -660,10 +660,6 @@ def entry(main):
         code, line = 2, f"error: {error}"
     except FloatingPointError as error:
         code, line = 3, f"stopped: {error}"
-    except RuntimeError as error:
-        if "allocate" not in str(error):
-            raise
-        code, line = 2, "error: out of memory; try a smaller --batch-size"
     except KeyboardInterrupt:
         code, line = 130, "interrupted; add --resume to continue after the last whole epoch"
     print(f"\n{line}", file=sys.stderr)

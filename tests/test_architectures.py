@@ -161,6 +161,8 @@ def test_parameters_and_macs_are_those_of_the_readme(name, cifar, imagenet):
         model = build_model(name, 10, stem=stem)
         assert sizes(model) == expected
         assert model(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
+        if name == "resnet18":  # with "imagenet" it starts as torchvision has it
+            assert model.layer1[0].bn2.weight.any() == (stem == "imagenet")
 
 
 def test_sizes_of_mobilenet_v1_at_224_pixels_are_the_published_ones():

@@ -359,12 +359,3 @@ def test_every_line_of_the_readmes_tables_and_charts_is_in_the_report():
     results = (ROOT / "README.md").read_text().split("## Results")[1].split("\n### ")[0]
     lines = {line for line in results.split("\n") if line.startswith(("|", "    "))}
     assert len(lines) > 10 and lines <= set(study.report().split("\n"))
-
-
-def test_out_of_memory_is_one_line_and_a_bug_a_traceback(capsys):
-    def main():
-        raise RuntimeError(text)
-    for text, error in (("a bug", RuntimeError), ("can't allocate memory", SystemExit)):
-        with pytest.raises(error, match="a bug|2"):
-            common.entry(main)
-    assert "smaller --batch-size" in capsys.readouterr().err
