@@ -289,8 +289,8 @@ def quantize(model: nn.Module, wbits: int, abits: int, quantizer: str = "lsq",
 @torch.no_grad()
 def calibrate(qmodel: nn.Module, images: Tensor, candidates: int = 100, batch_stats: bool = True):
     """Set all step sizes and zero points in one pass of `images`, N x 3 x 32 x 32 (N = 100 in the
-    paper). Each layer sees quantized inputs. Batch norm uses the statistics of `images`, as
-    training will [choice]; with batch_stats=False, for no training, it uses its running ones."""
+    paper). Each layer sees quantized inputs. Batch norm normalises by this batch, as training will
+    by its own [choice]; with batch_stats=False, for no training, by its running statistics."""
     quantizers = [m for m in qmodel.modules() if isinstance(m, Quantizer)]
     # The pass moves running statistics, so a copy that shares the quantizers makes it.
     probe = copy.deepcopy(qmodel, {id(q): q for q in quantizers})
@@ -358,7 +358,7 @@ class Attention(nn.Module):
 def build_model(name: str, classes: int, depth: int = 4, stem: str = "cifar") -> nn.Module:
     """A new network for N x 3 x 32 x 32 images, `name` from MODELS. depth: blocks of vit_tiny. stem
     is for ResNet-18, ResNet-50 and MobileNets: "imagenet" keeps their first layers; "cifar" gives
-    ResNets a 3 x 3 convolution without pooling, and MobileNets a first stride of 1 (v2: two)."""
+    ResNets a 3 x 3 convolution without pooling, and sets the first stride (v2: first two) to 1."""
     if name == "vit_tiny":  # patches of 4 x 4; width 192 and 3 heads as DeiT-Ti, of depth 12
         model = torchvision.models.VisionTransformer(32, 4, depth, 3, 192, 768, num_classes=classes)
         for block in model.encoder.layers:
@@ -465,7 +465,7 @@ def load_data(args: Namespace) -> Data:
         test_x, test_y, x, y = split(x, y, args.val, args.fp_seed, "--val")
     if args.train_size:
         x, y, *_ = split(x, y, args.train_size, args.fp_seed, "--train-size")
-    if args.dry_run:  # 64 to 127 images, evenly spaced: they may be sorted by class
+    if args.dry_run:  # some 64 to 127 images, evenly spaced: they may be sorted by class
         x, y, test_x, test_y = (t[::max(1, len(t) // 64)] for t in (x, y, test_x, test_y))
     content = b"".join(t.numpy().tobytes() for t in (x, y, test_x, test_y))
     pixels = x[::1 + len(x) // 10_000].float().div(255).flatten(0, 2)
@@ -504,6 +504,8 @@ def read_image(path):
     """An image of 8 bits per channel as uint8 32 x 32 x 3."""
     try:
         with Image.open(path) as image:
+            if image.mode[0] in "IF":  # PIL would clip these silently
+                raise ValueError("it has more than 8 bits per channel")
             return np.asarray(image.convert("RGB").resize((32, 32)))
     except Exception as error:  # PIL raises many kinds for a damaged image
         raise UsageError(f"{path} cannot be read as an image: {error}") from None
@@ -716,9 +718,8 @@ class Run:
         self.identity = {"method": method, "seed": seed, "data": data.fingerprint} | {
             k: v for k, v in sorted(vars(args).items())
             if k in FP_FLAGS or not (shared or k in NOT_SHAPING or isinstance(v, bool))}
-        script = "" if shared else Path(args.script).stem + "-"
         digest = random_stream(self.identity)
-        self.path = args.out / f"{script}{method}-{args.model}-{data.name}-s{seed}-{digest:08x}.pt"
+        self.path = args.out / f"{method}-{args.model}-{data.name}-s{seed}-{digest:08x}.pt"
         if (args.resume or shared) and self.path.exists():
             self.load()
 
@@ -810,7 +811,7 @@ class Run:
             update_bn(self.data.batches(a.batch_size, draws, (a.augment,)), model)
             acc, loss = evaluate(model, self.data)
             self.results[method] = self.identity | {
-                "script": a.script, "dataset": self.data.name, "split": self.data.split,
+                "dataset": self.data.name, "split": self.data.split,
                 "train_size": len(self.data.train_labels), "acc": acc, "loss": loss,
                 "command": a.command,
                 "seconds_per_epoch": float(np.mean([h["seconds"] for h in self.history]))} | row

@@ -41,7 +41,7 @@ PAPER = {"model": "resnet18", "stem": "imagenet", "dataset": "cifar10", "batch_s
 
 # Who predicts the target from the second view: "student": its own weights (Pi-model, Laine & Aila
 # 2017; no gradient flows there [choice]), "full precision" or the student's "average". None: there
-# is no second view. "label": the student learns it, too, to show what more augmentation gives.
+# is no second view. "label": the student learns the label of both, to show what more images give.
 METHODS = {"baseline": None, "two-view": "label", "pi": "student", "fp-teacher": "full precision",
            "cr": "average"}
 VIEWS = ["none", "flip", "crop+flip", "crop+flip+noise", "crop+flip+colour"]

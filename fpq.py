@@ -256,7 +256,7 @@ def output_variance(model: nn.Module, images: Tensor, sigma: float, draws: int =
 @torch.no_grad()
 def relu_output(model: nn.Module, images: Tensor) -> Tensor:
     """Fig. 3, 4: the input of the second layer, (values, channels), quantized if that layer is. In
-    ResNets and MobileNets it is a ReLU's output (max-pooled in ResNet-18's imagenet stem)."""
+    ResNets and MobileNets it is a ReLU's output (max-pooled in ResNet-18/50's imagenet stem)."""
     def keep(layer, inputs):
         x = getattr(layer, "input_quantizer", nn.Identity())(inputs[0])
         found.append((x if x.dim() == 3 else x.movedim(1, -1)).flatten(0, -2))
