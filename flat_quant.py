@@ -48,8 +48,8 @@ FLATNESS = "trace", "trace_error", "top_eigenvalue"  # keys in results; trace_er
 
 
 def parse_args() -> Namespace:
-    parser = common.base_parser("DNQ: train a flat network, then quantize it (arXiv 2511.01462). "
-                                "--epochs, --lr, --weight-decay do nothing; --fp-seed draws subsets.")
+    parser = common.base_parser("DNQ: train a flat network, then quantize it. --epochs, --lr and "
+                                "--weight-decay have no effect here; --fp-seed draws subsets.")
     number = common.number
     common.add_flags(
         parser, "method",
