@@ -119,9 +119,9 @@ def forces(monkeypatch):
     return found
 
 
-def student_of(network, data):
+def student_of(network, data, *how):
     """What `train` starts from, in training mode."""
-    student = common.quantize(network, 2, 2)
+    student = common.quantize(network, *how or (2, 2))
     common.calibrate(student, data.sample(100)[0])
     return student.train()
 
@@ -132,7 +132,7 @@ def learned(optimizer):
 
 
 def gradients(student, loss):
-    """Of `learned`, which is the order of `first_step`."""
+    """By parameter, in the order of `learned`."""
     return [*torch.autograd.grad(loss, learned(common.sgd(student, 1, 0)))]
 
 
@@ -150,11 +150,11 @@ def first_step(train, *args) -> list[torch.Tensor | None]:
 
 
 def first_step_by_script(train, args, data, method, *views):
-    """(its gradients, then for the same step by hand: full precision, student, batch). The noise of
-    the script comes next from torch's generator."""
+    """(the script's gradients; network, student and batch to compute them by hand). The next draws
+    from torch's generator are the script's noise."""
     network, stream = tiny_network(), functools.partial(common.random_stream, "method")
     grads = first_step(train, args, data, method, 0, network)
-    student = student_of(network, data)
+    student = student_of(network, data, args.wbits, args.abits, args.quantizer)
     torch.manual_seed(stream("noise", 0, 0))
     draws = torch.Generator().manual_seed(stream("batches", 0, 0))
     return grads, network, student, next(data.batches(32, draws, views))

@@ -75,18 +75,20 @@ def test_val_holds_out_balanced_images_by_fp_seed_and_reads_no_test_image(run, m
 
 def test_split_is_as_balanced_as_the_classes_allow():
     y = torch.arange(3).repeat_interleave(torch.tensor([50, 30, 5]))
-    picked, labels, others, _ = common.split(torch.arange(85), y, 35, 0, "--val")
-    assert labels.bincount().tolist() == [15, 15, 5] and torch.equal(y[picked], labels)
+    picked, labels, others, rest = common.split(torch.arange(85), y, 35, 0, "--val")
+    assert labels.bincount().tolist() == [15, 15, 5]
+    same([y[picked], y[others]], [labels, rest])
     assert len({*picked.tolist(), *others.tolist()}) == 85
     with pytest.raises(common.UsageError, match="--val 2 should be from 3, .* to 84"):
         common.split(y, y, 2, 0, "--val")
 
 
 def test_cifar_is_read_where_it_lies_and_only_auto_does_without(monkeypatch, capsys):
-    monkeypatch.setattr(torchvision.datasets, "CIFAR10", lambda root, train, download: Namespace(
+    monkeypatch.setattr(torchvision.datasets, "CIFAR100", lambda root, train, download: Namespace(
         targets=[0, 1, 2] * (1 + train), data=np.full((3 + 3 * train, 32, 32, 3), 7, np.uint8)))
-    data = load(dataset="auto")
-    assert (data.name, data.classes, data.split, len(data.test_labels)) == ("cifar10", 3, "test", 3)
+    data = load(dataset="cifar100")
+    assert (data.name, data.classes, data.split, len(data.test_labels)) == (
+        "cifar100", 3, "test", 3)
     assert (data.train_padded[:, 2:-2, 2:-2] == 7).all()
     monkeypatch.setattr(torchvision.datasets, "CIFAR10", lambda *_, **__: 1 / 0)
     assert load(dataset="auto").name == "shapes" and "Using 'shapes'" in capsys.readouterr().err
@@ -131,7 +133,7 @@ def test_sharpness_is_of_the_weights_with_fresh_batch_norm_in_a_copy(calibrated,
     assert found[:2] == pytest.approx(expected, rel=1e-4)
 
 
-def test_evaluate_counts_every_second_test_image_and_keeps_the_mode(tiny_data):
+def test_evaluate_uses_eval_mode_on_every_second_image_and_restores_it(tiny_data):
     model, share = nn.Module(), (tiny_data.test_labels[::2] == 3).float().mean().item()
     model.forward = lambda x: torch.eye(10)[torch.full((len(x),), 3 + model.training)]
     assert common.evaluate(model, tiny_data, 2) == pytest.approx(
@@ -262,7 +264,7 @@ def test_full_precision_is_trained_on_cross_entropy_once(parse, tiny_data):
     ("cr_qat", "--ramp-epochs 0", dict.fromkeys(("cr", "pi", "fp-teacher"), "--lambda-max 0")),
     ("mec_quant", "--beta 2", dict.fromkeys(
         ("mec", "mec-quant", "branch", "random", "kd"), "--beta 0 --kd-weight 0"))])
-def test_methods_differ_and_of_no_strength_are_the_baseline(script, flags, zero, parse, tiny_data):
+def test_methods_differ_and_at_strength_0_are_the_baseline(script, flags, zero, parse, tiny_data):
     """Bit for bit; none of them changes the full-precision network."""
     def trained(method, flags):  # 4 steps, as CR's average differs from the student after two
         args = parse(script, "--batch-size 16", flags)
@@ -312,7 +314,7 @@ def test_result_table_pairs_seeds():
         ["fpq", "2/2", "84.50 ± 2.84", "+0.75 ± 0.25", "3"], ["fpq", "4/4", "99.00", "1"]]
 
 
-def test_recipe_sets_what_no_flag_does_and_bits_win(parse, capsys):
+def test_flags_and_bits_override_the_recipe(parse, capsys):
     for script, flags, *expected in (
             ("flat_quant", "--recipe paper --batch-size 16", 2, 4, 16, [0]),
             ("flat_quant", "--recipe paper --bits 3", 3, 3, 32, [0]),
@@ -348,7 +350,7 @@ def test_study_pairs_seeds_finds_full_precision_and_judges(monkeypatch):
         assert study.verdicts(found).endswith(verdict)
 
 
-def test_every_command_of_the_study_is_one_and_every_claim_has_its_rows(parse):
+def test_every_command_of_the_study_parses_and_every_claim_has_its_rows(parse):
     for command in study.commands(study.PLAN["tuning"] + study.PLAN["study"]):
         script, flags = command.removeprefix("python ").split(".py ")
         parse(script, flags)

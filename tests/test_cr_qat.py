@@ -27,7 +27,7 @@ def test_consistency_is_kl_of_student_from_teacher_by_hand():
     close(cr_qat.consistency_loss(3 * student, 3 * teacher, temperature=3), 9 * loss)
 
 
-def test_ramp_up_from_a_hundredth_to_one():
+def test_ramp_up_from_exp_minus_5_to_one():
     ramp = [cr_qat.ramp_up(t, 4) for t in (0, 2, 4, 9)]
     assert ramp == pytest.approx([math.exp(-5), math.exp(-1.25), 1, 1])
     assert cr_qat.ramp_up(0, 0) == 1
@@ -118,7 +118,7 @@ def test_hidden_labels_are_never_used(monkeypatch, run, tiny_data, tmp_path):
     ("fp-teacher", "--ramp-epochs 0 --views crop+flip+noise crop+flip+colour")])
 def test_first_step_by_hand(parse, tiny_data, method, flags):
     """The gradients of L = CE of labelled images + lambda L_con."""
-    args = parse("cr_qat", flags)
+    args = parse("cr_qat", "--wbits 3 --quantizer pact", flags)
     data = cr_qat.hide_labels(tiny_data, 20, 0)[1] if args.labels else tiny_data
     seen, network, student, (one, two, labels) = first_step_by_script(
         cr_qat.train, args, data, method, "crop+flip", "crop+flip")
@@ -156,7 +156,7 @@ def test_sensitivity_grows_with_noise_and_leaves_no_hook(calibrated, tiny_data):
         assert acc == pytest.approx(clean, abs=1e-3) and none == pytest.approx(0, abs=1e-6)
         assert 1e-6 < small < large
     of = [cr_qat.sensitivity(torch.nn.Flatten(), tiny_data, x, 1)[1] for x in ("weight", "input")]
-    assert of[0] == 0 < of[1]  # there are no weights
+    assert of[0] == 0 < of[1]  # it has no weights
 
 
 def test_everything_as_a_user_runs_it(run, forces):
@@ -165,7 +165,7 @@ def test_everything_as_a_user_runs_it(run, forces):
     own, views = done.results[:8], done.results[8::2]
     assert [row["method"] for row in own] == [
         "fp", "baseline", "baseline-ema", "two-view", "pi", "fp-teacher", "cr", "cr-ema"]
-    assert len({row["loss"] for row in own}) == 7  # for two steps pi equals cr
+    assert len({row["loss"] for row in own}) == 7  # pi and cr agree so early
     assert [(r["method"], r["views"]) for r in views] == [(f"cr-{v}", [v]) for v in cr_qat.VIEWS]
     assert "nan" not in done.out and all(words in done.out for words in (
         "20 training images", "noise on each weight", "entropy", "change their integer"))

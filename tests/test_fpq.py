@@ -98,8 +98,8 @@ def test_layer_outputs_are_those_of_all_layers_but_the_classifier_while_it_lasts
     ("baseline", ""), ("sfp", ""), ("sfp", "--noise-at input"), ("csd", ""), ("fpq", ""),
     ("kd", ""), ("kd", "--kd-weight 0.7 --kd-temperature 3"), ("sam", "--sam-rho 0.3")])
 def test_eq22_first_step_by_hand(parse, tiny_data, method, flags):
-    """Of CE plus weighted CSD, or (kd) plus T^2 KL of the logits, or (sam) at w + rho g / |g|."""
-    args = parse("fpq", "--p 1 --csd-weight 0.6", flags)
+    """Gradients of CE + weighted CSD; kd: CE + weighted T^2 KL; sam: CE at w + rho g / |g|."""
+    args = parse("fpq", "--p 1 --csd-weight 0.6 --wbits 3 --abits 4", flags)
     seen, network, student, (images, labels) = first_step_by_script(
         fpq.train, args, tiny_data, method, "crop+flip")
     with fpq.perturbed(student, method in ("sfp", "fpq"), args.noise_at):

@@ -47,7 +47,7 @@ def test_lengths_equal_the_definition_by_the_smaller_determinants(monkeypatch, m
 
 
 @pytest.mark.filterwarnings("error")
-def test_series_by_hand_where_it_converges_and_the_exact_value_aloud_where_not():
+def test_series_by_hand_where_it_converges_else_a_warning_and_the_exact_value():
     z = torch.full((20, 6), 6**-0.5, dtype=torch.float64)  # one direction: norm 1 / eps2
     x, series = 1 / 1.01, coding_length(z, eps2=1.01, order=4)
     assert series.item() == pytest.approx(26 / 2 * (x - x**2 / 2 + x**3 / 3 - x**4 / 4))
@@ -67,17 +67,17 @@ def test_longest_code_is_that_of_rows_spread_over_all_directions():
 def test_normalized_rows_are_centred_first_and_then_of_unit_norm():
     features = 3 * normal(50, 8).double() + 5
     close(normalized_rows(features), F.normalize(features - features.mean(0)), rtol=1e-5, atol=0)
-    tiny = torch.tensor([[1e-3, 0], [-1e-3, 0]], dtype=torch.float64)  # 1e-6 of eps: 1 / sqrt(2)
+    tiny = torch.tensor([[1e-3, 0], [-1e-3, 0]], dtype=torch.float64)  # norm^2 = eps
     assert normalized_rows(tiny)[0, 0].item() == pytest.approx(2**-0.5)
 
 
-def test_gates_sum_to_one_and_follow_the_magnitude_before_normalisation():
+def test_gates_sum_to_one_and_follow_the_magnitude():
     magnitudes = torch.tensor([0.01, 0.011, 1.0, 1.1, 90.0, 100.0], requires_grad=True)
     gates = scale_gates(magnitudes, 3)
     assert scale_gates(0 * magnitudes, 3).isfinite().all()
     close(gates.sum(1), torch.ones(6))
     assert gates.argmax(1).tolist() == [0, 0, 1, 1, 2, 2] and not gates.requires_grad
-    near = 7 * torch.tensor([-2e-6, 2e-6], dtype=torch.float64).exp()  # 2e-6 / 2 + 1e-6 wide
+    near = 7 * torch.tensor([-2e-6, 2e-6], dtype=torch.float64).exp()  # width: std / K + 1e-6
     assert scale_gates(near, 2)[0, 0].item() == pytest.approx(1 / (1 + math.exp(-1)), rel=1e-4)
 
 
@@ -87,7 +87,7 @@ def test_gates_sum_to_one_and_follow_the_magnitude_before_normalisation():
     ("mec-quant", "--features quantized")])
 def test_first_step_by_hand(parse, tiny_data, method, flags):
     """The gradients of CE - beta L / L_max or, with kd, of CE plus FPQ's distillation."""
-    args = parse("mec_quant", "--beta 5 --experts 2 --method", method, flags)
+    args = parse("mec_quant", "--beta 5 --experts 2 --quantizer pact --method", method, flags)
     seen, network, student, (images, labels) = first_step_by_script(
         mec_quant.train, args, tiny_data, method, "crop+flip")
     features, other = student[:-1](images), normalized_rows(network[:-1](images)).detach()
