@@ -38,7 +38,7 @@ from torch.optim.swa_utils import AveragedModel
 PAPER = {"model": "resnet18", "dataset": "cifar100", "wbits": 2, "abits": 4, "batch_size": 256,
          "fp_lr": 0.015, "fp_weight_decay": 5e-4, "fp_epochs": 120, "ramp_epochs": 20.0, "pad": 4,
          "label_smoothing": 0.1, "swa_rate": 0.01, "noise_lambda": 1.0}
-# These are the authors' values. The warm-up and the cosine to the held rate are ours [choice].
+# These are the authors' values. Warm-up, cosine to the held rate and the defaults below: [choice].
 
 WEIGHT_NOISES = ["weight", "additive", "isotropic", "wrong-bits"]
 METHODS = ["sgd", *WEIGHT_NOISES, "activation", "weight+activation", "sam"]

@@ -149,7 +149,7 @@ def csd_loss(student_feats: list[Tensor], teacher_feats: list[Tensor]) -> Tensor
 
 def kd_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 4.0) -> Tensor:
     """Distillation of logits (Hinton et al. 2015), the tables' KD row: T^2 KL(teacher || student)
-    of the softmax at temperature T [choice], mean over the batch. logits: N x classes."""
+    of the softmax, mean over the batch; temperature T and weight [choice]. logits: N x classes."""
     student, teacher = ((z / temperature).log_softmax(1) for z in (student_logits, teacher_logits))
     return temperature**2 * F.kl_div(student, teacher, log_target=True, reduction="batchmean")
 
@@ -162,8 +162,8 @@ def layers_of(model: nn.Module) -> list[nn.Module]:
 
 def perturbed(student: nn.Module, p: float, noise_at: str):
     """A context in which SFP acts, with chance p each, on the inputs of `layers_of` and on both
-    factors of attention's products. noise_at: "operand", after the quantizer, as Eq. 16 multiplies
-    w_hat by the noisy input; "input", before it, another reading, where noise makes rounding
+    factors of attention's products [choice]. noise_at: "operand", after the quantizer, as Eq. 16
+    multiplies w_hat by the noisy input; "input", before it [choice], where noise makes rounding
     stochastic; "weight", only on the quantized weights of `layers_of`, as Fig. 2 compares."""
     def after(quantizer, inputs, x_hat):
         return stochastic_feature_perturbation(x_hat, quantizer.grid(x_hat)[0], p)
@@ -199,7 +199,7 @@ def layer_outputs(model: nn.Module) -> Iterator[list[Tensor]]:
 def train(args: Namespace, data: Data, method: str, seed: int,
           network: nn.Module) -> tuple[nn.Module, dict, list[dict]]:
     """Algorithm 1. Returns (quantized network, result, history). The student starts as a quantized
-    copy of the full-precision `network`; the teacher is `network` itself, fixed, in eval mode."""
+    copy of the full-precision `network`, the teacher, which stays fixed, in eval mode [choice]."""
     strengths = args.p, args.csd_weight, args.kd_weight, args.sam_rho
     p, csd_weight, kd_weight, rho = (on * x for on, x in zip(METHODS[method], strengths))
     student, teacher = quantize(network, args.wbits, args.abits, args.quantizer), network

@@ -60,7 +60,7 @@ def run(commands: list[str], data: Path, data_dir: Path, out: Path, jobs: int) -
                 if row["command"].startswith(command + " --data-dir") and code == 0]
         with data.open("ab", buffering=0) as file:  # one write, so a kill leaves no half line
             file.write("".join(json.dumps(row) + "\n" for row in rows).encode())
-        print(f"exit code {code}, {len(rows)} results, see log.txt: {command}", flush=True)
+        print(f"exit code {code}, see log.txt: {command}", flush=True)
     out.mkdir(parents=True, exist_ok=True)
     done = {row["command"] for row in read(data)}
     missing = [command for command in commands if command not in done]
@@ -136,19 +136,19 @@ def study_table(table: dict, found: dict) -> str:
 
 
 def verdicts(found: dict) -> str:
-    """A row per claim: what we measured and, from three seeds on, whether the claim holds."""
+    """A row per claim: what we measured and, from three seeds on, if it holds ("no": opposite)."""
     lines = ["| paper | claim | measured (seeds) | holds |", "|---|---|---|---|"]
     for paper, claim, title, where, name, than, what, margin in PLAN["claims"]:
         (table,), cells = [t for t in PLAN["study"] if t["title"] == title], []
-        counts, holds = [], []
+        counts, errors = [], []
         for column in (table["columns"][i] for i in where):
             sample = values(table, [name, than], column, found, what)
             mean, error = moments(sample)
-            cells.append(f"{column[0]} {mean_and_error(sample, '+') or '-'} ({len(sample)})")
+            cells.append(f"{column[0]} {mean_and_error(sample, '+')} ({len(sample)})")
             counts.append(len(sample))
-            holds.append(mean - 2 * error > margin)
-        verdict = ("" if min(counts) < 3 else
-                   "yes" if all(holds) else "in part" if any(holds) else "not shown")
+            errors.append((mean - margin) / error)
+        verdict = ("" if min(counts) < 3 else "yes" if min(errors) > 2 else
+                   "in part" if max(errors) > 2 else "no" if max(errors) < -2 else "not shown")
         lines.append(f"| {paper} | {claim} | {title}: {what}, {name} - {than}: {', '.join(cells)} "
                      f"| {verdict} |")
     return "\n".join(lines)
