@@ -369,8 +369,8 @@ def build_model(name: str, classes: int, depth: int = 4, stem: str = "cifar") ->
     if name in ("resnet8", "resnet20"):  # resnet8 is that of MLPerf Tiny, 78 k parameters
         return cifar_resnet(1 if name == "resnet8" else 3, classes)
     # With "cifar", blocks start as the identity [choice]: first steps threw a ResNet-50 far off.
-    options = ({"dropout": 0.0} if name == "mobilenet_v2" else
-               {"zero_init_residual": stem == "cifar"})
+    options = {"dropout": 0.0} if name == "mobilenet_v2" else {
+        "zero_init_residual": stem == "cifar"}
     model = torchvision.models.get_model(name, num_classes=classes, **options)
     if stem == "cifar" and name == "mobilenet_v2":
         model.features[0][0].stride = model.features[2].conv[1][0].stride = (1, 1)
@@ -465,7 +465,7 @@ def load_data(args: Namespace) -> Data:
         test_x, test_y, x, y = split(x, y, args.val, args.fp_seed, "--val")
     if args.train_size:
         x, y, *_ = split(x, y, args.train_size, args.fp_seed, "--train-size")
-    if args.dry_run:  # some 64 to 127 images, evenly spaced: they may be sorted by class
+    if args.dry_run:  # 64 to 127 images, if there are, evenly spaced: they may be sorted by class
         x, y, test_x, test_y = (t[::max(1, len(t) // 64)] for t in (x, y, test_x, test_y))
     content = b"".join(t.numpy().tobytes() for t in (x, y, test_x, test_y))
     pixels = x[::1 + len(x) // 10_000].float().div(255).flatten(0, 2)
@@ -772,7 +772,7 @@ class Run:
 
     def batches(self, views=None):
         """The batches of the epoch, one image tensor for each of `views`, by default --augment."""
-        started = shown = time.perf_counter()
+        started = time.perf_counter()
         size, steps = self.args.batch_size, self.data.steps(self.args.batch_size)
         draws = torch.Generator().manual_seed(self.stream("batches"))
         for i, batch in enumerate(self.data.batches(size, draws, views or (self.args.augment,))):
@@ -781,11 +781,6 @@ class Run:
             for group in self.parts["optimizer"].param_groups:
                 group["lr"] = rate
             yield batch
-            now = time.perf_counter()
-            if sys.stdout.isatty() and now > shown + 1:  # waits for the device: once a second
-                left, shown = (now - started) * (steps / (i + 1) - 1), now
-                print(f"step {i + 1}/{steps}  loss {self.sums['loss'].item() / (i + 1):.4f}  "
-                      f"{left:.0f} s left   ", end="\r", flush=True)
         self.means = {k: v.item() / steps for k, v in self.sums.items()}  # waits, once per epoch
         self.seconds = time.perf_counter() - started
         self.check(*self.means.values())

@@ -113,10 +113,11 @@ def time_steps(flags: list) -> dict:
         if isinstance(ready := pipes[name].recv(), str):
             print(f"{name} is skipped: {ready}")
             del pipes[name]
-    # A variant makes a step when it is sent something, and ends with this process. The first two
-    # turns only warm up.
+    # A variant makes a step when it is sent something. The first two turns only warm up.
     rows = [{name: pipe.send("go") or pipe.recv() for name, pipe in pipes.items()}
             for _ in range(2 + TURNS)][2:]
+    for process in multiprocessing.active_children():
+        process.terminate()
     return {name: statistics.median(row[name] / row["full precision"] for row in rows)
             for name in pipes}
 

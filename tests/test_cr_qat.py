@@ -49,13 +49,15 @@ def test_average_closed_form_over_weights_batch_norm_and_step_sizes(calibrated):
     same(dict(teacher.named_buffers()), buffers)
 
 
-def test_average_is_updated_after_every_step_of_all_epochs(monkeypatch, parse, tiny_data):
-    args, calls = parse("cr_qat", "--ema 0.6"), []
+def test_average_and_ramp_advance_with_every_step_of_all_epochs(monkeypatch, parse, tiny_data):
+    args, calls, times = parse("cr_qat", "--ema 0.6"), [], []
     args.epochs = 2
     monkeypatch.setattr(cr_qat, "ema_update", lambda *call: calls.append(call[2:]))
+    monkeypatch.setattr(cr_qat, "ramp_up", lambda t, T: times.append(t) or 1)
     for method in ("baseline", "cr"):  # --controls may be asked for later
         cr_qat.train(args, tiny_data, method, 0, tiny_network())
     assert calls == [(updates, 0.6) for updates in range(4)] * 2
+    assert times == [0, 0.5, 1, 1.5]
 
 
 def test_distort_adds_noise_or_shifts_colour_per_image():
