@@ -1,6 +1,6 @@
-"""What the four papers share, but no method: quantizers, networks, data, runs (flags, seeds,
+"""What the four scripts share, but no method: quantizers, networks, data, runs (flags, seeds,
 checkpoints, results), evaluation, flatness. Equation numbers are those of FPQ (feature-perturbed
-quantization, arXiv 2503.11159), whose protocol all four take. [choice] marks our own decisions."""
+quantization, arXiv 2503.11159), whose protocol we use for all. [choice] marks our own decisions."""
 
 import copy
 import ctypes
@@ -123,7 +123,7 @@ class Quantizer(nn.Module):
         shape = [channels] if channels else []
         self.step_size = nn.Parameter(torch.full(shape, math.nan), requires_grad=bits < 8)
         self.register_buffer("zero_point", torch.zeros(shape))
-        self.number = None  # zero_point as a number: reading it waits for the device, so once
+        self.number = None  # zero_point as a number, read once: reading waits for the device
 
     def _load_from_state_dict(self, *args):
         super()._load_from_state_dict(*args)
@@ -166,7 +166,7 @@ class Quantizer(nn.Module):
         # A channel of zeros has no range: its S is the largest of the other channels, or 1.
         s = torch.where(s > TINY, s, s.max() if s.max() > TINY else s + 1)
         z = s * 0 + 0.5 if one_bit_weight else (self.qmax - high / s).round()  # Eq. 5
-        rows = rows[:, ::rows.shape[1] // 65536 | 1]  # a sample; odd stride, to meet all columns
+        rows = rows[:, ::rows.shape[1] // 65536 | 1]  # a sample; an odd stride meets all columns
         sizes = s * (torch.arange(candidates, 0, -1, device=x.device) / candidates)[:, None]
         values = (fake_quantize(rows, a[:, None], z[:, None], 0, self.qmax) for a in sizes)
         best = torch.stack([(v - rows).square().sum(1) for v in values]).argmin(0, keepdim=True)
@@ -198,7 +198,7 @@ class LSQPlus(Quantizer):
 
 class PACT(Quantizer):
     """PACT (parameterized clipping activation, Choi et al. 2018): only clipped values move alpha.
-    The parameter is s; its gradient is scaled so that alpha moves as if it were the parameter.
+    The parameter is s; dividing its gradient by (alpha / s)^2 moves alpha as if alpha were it.
     alpha starts at the end of LSQ's range; if z > 0, we also clip at -z s, as LSQ does [choices].
 
         x_hat = round(clip(x, 0, alpha) / s) s,  s = alpha / q_max   dx_hat/dalpha = [x >= alpha]"""
@@ -264,7 +264,8 @@ def quantize(model: nn.Module, wbits: int, abits: int, quantizer: str = "lsq",
              example: Tensor | None = None) -> nn.Module:
     """Return a copy of `model` whose Conv2d, Linear and `Product` modules quantize both factors.
     The first and the last layer that `example` (zeros, 1 x 3 x 32 x 32, if None) reaches get 8
-    bits. Warns of layers left in full precision: other kinds, computed weights, never reached."""
+    bits. Warns of layers left in full precision: of other kinds, with weights computed in each pass
+    (weight_norm), or never reached."""
     model, order, new, left = copy.deepcopy(model), [], {}, []
     like, probe = next(model.parameters()), copy.deepcopy(model).eval()
     names = {layer: name for name, layer in weight_layers(probe).items()}

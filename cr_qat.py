@@ -14,7 +14,7 @@ We had only the abstract and summaries. The rest is rebuilt on its ancestor, the
     a(x), a'(x)            two views of run.batches(), then distort            summaries
     L_con = KL(p_T || p_S) consistency_loss(student_logits, teacher_logits)    summaries, [choice]
     lambda(t)              ramp_up(t, T) times --lambda-max, T epochs long     ancestor
-    theta_T                ema_update, over weights, batch norm, step sizes    summaries, [choice]
+    theta_T                ema_update, over all parameters, step sizes too     summaries, [choice]
     L = CE + lambda L_con  train()                                             summaries, [choice]
 
     python cr_qat.py --bits 2                            full precision, baseline (LSQ), CR

@@ -9,8 +9,8 @@ size times lambda: on the weights, where it is removed before the next step, and
 of the activations. Stochastic weight averaging (SWA) averages the weights of the last epochs. Then
 the network is quantized, by quantizers like those that measured the errors.
 
-Only the abstract of this paper was at hand. The rest follows summaries and the authors' later work;
-our own decisions are marked [choice].
+Only the abstract of this paper was at hand. The rest follows summaries, and later code and drafts
+of the same authors ("authors"); our own decisions are marked [choice].
 
     symbol                                                                            from
     dW, dx                 quantization_error(t, quantizer)                           authors
@@ -142,10 +142,10 @@ class DifferentialWeightNoise:
 
         W <- W + n_t - n_(t-1),   n_t = lambda (mu + sigma e),   e ~ N(0, 1)
 
-    With SGD, w = W - n obeys w <- w - lr dL/dw(w + n): Anti-PGD (anticorrelated perturbed gradient
-    descent, Orvieto et al. 2022) with quantization's statistics. The network holds w. We measure at
-    the start of each epoch [choice; the authors average over their 120 epochs, memory 0.9].
-    `isotropic` gives all weights zero-mean noise of one variance, and the same sum of squares.
+    The network holds w = W - n. SGD then is w <- w - lr dL/dw(w + n): Anti-PGD (anticorrelated
+    perturbed gradient descent, Orvieto et al. 2022) with quantization's mu and sigma, measured at
+    the start of each epoch [choice; the authors average over epochs, 0.9 of the old]. `isotropic`
+    gives all weights zero-mean noise of one variance, and the same sum of squares.
     """
 
     def __init__(self, model: nn.Module, bits: int, isotropic: bool = False):
@@ -230,10 +230,10 @@ def train(args: Namespace, data: Data, method: str, seed: int) -> dict[str, tupl
     """One training run from scratch: {method: (network, result), method+swa: ...}. One run gives
     both, as averaging does not touch training; --swa-rate changes the learning rate, and so both.
 
-    "weight" is differential: n_t leaves after the step, so weight decay sees w + n_t. "additive"
-    [choice] takes n_t away before it, so decay sees w. A zero-mean pair of injections, at w + n and
-    w - n for one step, is not built. "isotropic" and "wrong-bits" are differential controls, whose
-    noise has another shape or another size.
+    "weight" is differential: n_t leaves after the step. "additive" [choice] takes it away before;
+    the only difference is what weight decay shrinks, w + n_t or w. A zero-mean pair of injections,
+    at w + n and w - n for one step, is not built. "isotropic" and "wrong-bits" are differential
+    controls, whose noise has another shape or another size.
     """
     parts, on_weights, on_activations = method.split("+"), None, None
     torch.manual_seed(common.random_stream("weights", seed))

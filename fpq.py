@@ -68,13 +68,14 @@ def stochastic_feature_perturbation(x: Tensor, step_size: Tensor, p: float,
                                     generator: torch.Generator | None = None) -> Tensor:
     """SFP, Eq. 9 and 14: with probability p, x + delta, delta ~ U[-s/2, s/2] per element; else x.
 
-    x: any shape; step_size broadcasts against it. Each call tosses one coin, so few layers have
-    noise at once: noise in several biases the expectation (Prop. 1). No gradient flows through
-    delta [choice]. generator: on x's device; if None, the CPU tosses, and never waits for a GPU.
+    x: any shape; step_size broadcasts against it. Each layer tosses its own coin in each step, so
+    that with a small p noise rarely meets in two layers: together they would shift the expected
+    loss (Prop. 1). No gradient flows through delta [choice]. generator: on x's device; if None,
+    the CPU tosses, and never waits for a GPU.
     """
     coin_device = generator.device if generator else "cpu"
-    if torch.rand((), generator=generator, device=coin_device) >= p:
-        return x  # Eq. 14: the coin
+    if torch.rand((), generator=generator, device=coin_device) >= p:  # Eq. 14: the coin
+        return x
     delta = torch.empty_like(x).uniform_(-0.5, 0.5, generator=generator)
     return x + delta.mul_(step_size.detach())  # Eq. 9
 
@@ -98,8 +99,9 @@ def channel_mean(z: Tensor) -> Tensor:
 
 
 class ChannelDistance(torch.autograd.Function):
-    """`channel_distance`. Its gradient is per_student * student + per_teacher * teacher + constant:
-    two passes over memory, where autograd takes ten. The teacher gets no gradient."""
+    """`channel_distance`. The derivative of its formula is, but for a factor 2 / numel, per_student
+    * student + per_teacher * teacher + constant, as d var_s = 2 (student - mean_s) / n and d cov =
+    (teacher - mean_t) / n: two passes over memory, where autograd takes ten."""
 
     @staticmethod
     def forward(ctx, student, teacher, eps):
@@ -136,7 +138,7 @@ def channel_distance(student: Tensor, teacher: Tensor, eps: float = 1e-5) -> Ten
 
 
 def csd_loss(student_feats: list[Tensor], teacher_feats: list[Tensor]) -> Tensor:
-    """CSD, Eq. 16-17. Both lists hold the outputs z_l, N x C x ..., of the same layers in order.
+    """CSD, Eq. 16-17. Both lists hold the outputs z_l (Eq. 16), N x C x ..., of the same layers.
 
         L_CSD = mean_l mean_(n,c,...) (z~_student - z~_teacher)^2
 
@@ -162,7 +164,7 @@ def layers_of(model: nn.Module) -> list[nn.Module]:
 
 def perturbed(student: nn.Module, p: float, noise_at: str):
     """A context in which SFP acts, with chance p each, on the inputs of `layers_of` and on both
-    factors of attention's products [choice]. noise_at: "operand", after the quantizer, as Eq. 16
+    factors of attention's products [choice]. noise_at: "operand", after the quantizer, as the paper
     multiplies w_hat by the noisy input; "input", before it [choice], where noise makes rounding
     stochastic; "weight", only on the quantized weights of `layers_of`, as Fig. 2 compares."""
     def after(quantizer, inputs, x_hat):
@@ -199,7 +201,7 @@ def layer_outputs(model: nn.Module) -> Iterator[list[Tensor]]:
 def train(args: Namespace, data: Data, method: str, seed: int,
           network: nn.Module) -> tuple[nn.Module, dict, list[dict]]:
     """Algorithm 1. Returns (quantized network, result, history). The student starts as a quantized
-    copy of the full-precision `network`, the teacher, which stays fixed, in eval mode [choice]."""
+    copy of the full-precision `network`, which is the teacher: in eval mode, never trained."""
     strengths = args.p, args.csd_weight, args.kd_weight, args.sam_rho
     p, csd_weight, kd_weight, rho = (on * x for on, x in zip(METHODS[method], strengths))
     student, teacher = quantize(network, args.wbits, args.abits, args.quantizer), network
@@ -208,7 +210,7 @@ def train(args: Namespace, data: Data, method: str, seed: int,
     run = Run(args, data, method, seed, args.epochs, model=student, optimizer=optimizer)
 
     for _ in run.epochs():
-        with perturbed(student, p, args.noise_at):
+        with perturbed(student, p, args.noise_at):  # ends before the epoch's evaluation
             for images, labels in run.batches():
                 with layer_outputs(student) as student_feats:
                     logits = student(images)  # quantized (Eq. 3) and perturbed (Eq. 14)
@@ -217,7 +219,7 @@ def train(args: Namespace, data: Data, method: str, seed: int,
                     with torch.no_grad(), layer_outputs(teacher) as teacher_feats:
                         teacher_logits = teacher(images)
                 if csd_weight:
-                    term += csd_weight * csd_loss(student_feats, teacher_feats)  # Eq. 16-17
+                    term += csd_weight * csd_loss(student_feats, teacher_feats)  # Eq. 17
                 if kd_weight:
                     term += kd_weight * kd_loss(logits, teacher_logits, args.kd_temperature)
                 if args.diagnose and (csd_weight or kd_weight) and "force" not in run.notes:

@@ -39,7 +39,7 @@ PAPER = {"model": "resnet18", "stem": "imagenet", "dataset": "cifar10", "batch_s
          # Above: FPQ's protocol (we infer the stem). Below, and --augment: ours [choice].
          "fp_epochs": 200, "fp_lr": 0.1, "fp_weight_decay": 5e-4, "pad": 4}
 
-# By method: gates (None: no coding length, "one": no experts); whether Z2 is what --branch is not.
+# By method: gates (None: no coding length, "one": no experts); is Z2 the other choice of --branch?
 METHODS = {"baseline": (None, False), "mec": ("one", False), "mec-quant": ("scale", False),
            "branch": ("scale", True), "random": ("random", False), "kd": (None, False)}
 ORDERS = (2, 4, 8)  # of the series that --diagnose compares with the exact value
@@ -62,7 +62,7 @@ def parse_args() -> Namespace:
         ("--method", list(METHODS), ["baseline", "mec-quant"], "what to train"),
         ("--beta", number(float, 0, 1e6), 1.0, "weight of the coding length in the loss"),
         ("--eps2", number(float, 1e-6, 1e6), 1 / 32, "squared error per feature the code may make"),
-        ("--order", even, None, "even order of the series in mec (without it: the exact value)"),
+        ("--order", even, None, "mec: even order of the Taylor series (without it: exact value)"),
         ("--experts", number(int, 1, 64), 3, "K: number of experts"),
         ("--branch", ["self", "teacher"], "self", "Z2: the student's Z, or full precision's"),
         ("--features", ["float", "quantized"], "float", "Z before or after the last quantizer"),
@@ -87,7 +87,7 @@ def normalized_rows(features: Tensor) -> Tensor:
 
 
 def series_logdet(c: Tensor, order: int) -> Tensor:
-    """log det(I + C) ~ tr sum_{k=1..order} (-1)^(k+1) / k C^k, for C of spectral norm below 1."""
+    """Taylor series of log det(I + C), C of spectral norm < 1: sum_{k=1..order} -tr (-C)^k / k."""
     power, total = c, torch.diagonal(c).sum()
     for k in range(2, order + 1):
         power = power @ c
@@ -107,15 +107,15 @@ def logdet(c: Tensor, symmetric: bool) -> Tensor:
 
 def coding_length(z1: Tensor, z2: Tensor | None = None, *, eps2: float,
                   order: int | None = None) -> Tensor:
-    """L(Z1, Z2): nats of a code for Z1 and Z2 with squared error eps_d^2 per feature. Z2 is Z1 by
-    default. m x d each; the caller centres and normalises them.
+    """L(Z1, Z2): nats of a code for Z1 and Z2 with squared error eps_d^2 per feature. The volume
+    that the features fill, over that of the error, is how many words the code needs; its logarithm
+    is their length. Z2 is Z1 by default. m x d each; the caller centres and normalises them.
 
         L = mu log det(I + lambda Z1^T Z2),  mu = (m + d) / 2,  lambda = 1 / (m eps_d^2)
 
-    The m x m form, I + lambda Z1 Z2^T, has the same determinant; we take the smaller matrix. The
-    default is exact. An even `order` takes the series of Liu et al., but warns and stays exact at
-    a spectral norm of 1 or more [choice], waiting for the device. An odd one raises ValueError.
-    """
+    I + lambda Z1 Z2^T, m x m, has the same determinant; we take the smaller matrix. The default is
+    exact. An even `order` takes the series of Liu et al., but warns and stays exact at a spectral
+    norm of 1 or more [choice], waiting for the device. An odd one raises ValueError."""
     m, d = z1.shape
     a, b = (z1, z1 if z2 is None else z2) if m <= d else (z1.T, (z1 if z2 is None else z2).T)
     c = a @ b.T / (m * eps2)
@@ -144,10 +144,9 @@ def moe_coding_length(z: Tensor, gates: Tensor, *, eps2: float, z2: Tensor | Non
         n_k = sum_j pi_jk
 
     One expert gives L(Z). With one branch L_moe is a lower bound of L(Z), as log det is concave, so
-    it is safe to maximise. So we weigh by (m + d) / 2 n_k / m [choice]: with (n_k + d) / 2, the
-    cost of K separate codes, it can exceed L(Z). We leave out the bits that name the expert, as
-    the gates are constants. The K matrices are d x d or, if smaller, m x m.
-    """
+    it is safe to maximise. That is why we weigh by (m + d) / 2 n_k / m [choice]: (n_k + d) / 2, the
+    cost of K separate codes, can exceed L(Z). We leave out the bits that name the expert, as the
+    gates are constants. The K matrices are d x d or, if smaller, m x m."""
     m, d = z.shape
     n = gates.sum(0).clamp_min(common.TINY)
     root = gates.T.sqrt()[:, :, None]
@@ -177,16 +176,17 @@ def longest_code(m: int, d: int, eps2: float) -> float:
     return (m + d) / 2 * r * math.log(1 + 1 / (r * eps2))
 
 
-def mec_term(args: Namespace, features: Tensor, other: Tensor | None, kind: str) -> Tensor:
+def mec_term(features: Tensor, other: Tensor | None = None, kind: str = "scale",
+             experts: int = 3, eps2: float = 1 / 32, order: int | None = None) -> Tensor:
     """L / L_max, at most 1, of m x d features and the other branch's, if any; kind: its gates."""
     z, z2 = normalized_rows(features), None if other is None else normalized_rows(other)
     if kind == "one":
-        length = coding_length(z, z2, eps2=args.eps2, order=args.order)
+        length = coding_length(z, z2, eps2=eps2, order=order)
     else:
         assign = scale_gates if kind == "scale" else random_gates
-        gates = assign(features.detach().norm(dim=1), args.experts)
-        length = moe_coding_length(z, gates, eps2=args.eps2, z2=z2)
-    return length / longest_code(*z.shape, args.eps2)
+        gates = assign(features.detach().norm(dim=1), experts)
+        length = moe_coding_length(z, gates, eps2=eps2, z2=z2)
+    return length / longest_code(*z.shape, eps2)
 
 
 def kd_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 4.0) -> Tensor:
@@ -229,8 +229,8 @@ def train(args: Namespace, data: Data, method: str, seed: int,
                 with torch.no_grad(), penultimate(network) as teacher_features:
                     teacher_logits = network(images)
             if beta:
-                other = teacher_features[0] if by_teacher else None
-                term = -beta * mec_term(args, features[0], other, kind)
+                f, f2 = features[0], teacher_features[0] if by_teacher else None
+                term = -beta * mec_term(f, f2, kind, args.experts, args.eps2, args.order)
             if kd_weight:
                 term = kd_weight * kd_loss(logits, teacher_logits)
             if args.diagnose and (beta or kd_weight) and "force" not in run.notes:

@@ -130,7 +130,7 @@ def study_table(table: dict, found: dict) -> str:
         cells = [cell for a, m in zip(acc, more)
                  for cell in (mean_and_error(a), mean_and_error(m, "+"))]
         if any(acc):
-            seeds = str(min(map(len, acc)))
+            seeds = "/".join(dict.fromkeys(str(len(a)) for a in acc))  # by column if not the same
             lines.append(f"| {' | '.join([name, *cells, *(gain or ['']), seeds])} |")
     return "\n".join(lines) if lines[2:] else ""
 
@@ -164,25 +164,25 @@ def chart(title: str, y: str, x: list, *series: tuple) -> str:
 
 
 def charts(found: dict) -> list[str]:
-    """FPQ's gains and trace by epoch; accuracy after PTQ by bits, and its drop by trace."""
+    """Gains at W2A2, trace by epoch; accuracy after PTQ by bits, and its drop by trace."""
     def mean(table, name, column, what="acc"):
         return moments(values(table, [name], column, found, what))[0]
 
-    fpq, _, _, dnq, *_ = PLAN["study"]
-    none, bits, bars = fpq["columns"][0], dnq["columns"], {}
-    for name, _, _, *gain in fpq["rows"][1:]:
-        bars[name] = moments(values(fpq, [name, "baseline"], none, found))
-        bars |= {f"{name}, published": (float(g), 0) for g in gain}
+    qat, dnq, *_ = PLAN["study"]
+    none, bits, bars = qat["columns"][0], dnq["columns"][:4], {}
+    for name, _, _, gain in (row for row in qat["rows"] if row[3:]):
+        bars[name] = moments(values(qat, [name, "baseline"], none, found))
+        bars[f"{name}, published"] = float(gain), 0
     gains, error = np.transpose([*bars.values()])
     acc = {name: [mean(dnq, name, column) for column in bits] for name, *_ in dnq["rows"]}
-    traces, names = zip(*sorted((mean(dnq, name, bits[2], "trace"), name) for name in acc))
-    drops = [acc[name][0] - acc[name][2] for name in names]
+    traces, names = zip(*sorted((mean(dnq, name, bits[1], "trace"), name) for name in acc))
+    drops = [acc[name][0] - acc[name][1] for name in names]
     r = np.corrcoef(np.log(traces), drops)[0, 1]
     return [
         chart("Gain over LSQ, W2A2, no augmentation; lines: plus and minus one standard error",
               "points", bars, ("bar", gains), ("line", gains - error), ("line", gains + error)),
-        chart("Hessian trace by epoch: LSQ, then FPQ", "trace", range(1, 31), *(
-            ("line", [mean(fpq, name, none, f"trace {epoch}") for epoch in range(1, 31)])
+        chart("Hessian trace by epoch, W2A2: LSQ, then FPQ", "trace", range(1, 31), *(
+            ("line", [mean(qat, name, none, f"trace {epoch}") for epoch in range(1, 31)])
             for name in ("baseline", "fpq"))),
         chart("Accuracy after PTQ by bits: plain training, then DNQ", "%",
               [column[0] for column in bits],
