@@ -178,8 +178,8 @@ def train(args: Namespace, data: Data, method: str, seed: int, network: nn.Modul
             if args.labels and not consistent:  # without the term unlabelled images teach nothing
                 few = max(1, len(labels) // 4)  # the labelled ones come first
                 images, labels = [x[:few] for x in images], labels[:few]
-            if by == "label":
-                logits, labels = student(torch.cat(images)), labels.repeat(2)
+            if by == "label":  # view by view, so that batch norm sees as many images as elsewhere
+                logits, labels = torch.cat([student(x) for x in images]), labels.repeat(2)
             else:
                 logits = student(images[0])
             cross_entropy = loss = F.cross_entropy(logits, labels)  # of labelled images

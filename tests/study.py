@@ -63,9 +63,8 @@ def run(commands: list[str], data: Path, data_dir: Path, out: Path, jobs: int) -
         print(f"exit code {code}, see log.txt: {command}", flush=True)
     out.mkdir(parents=True, exist_ok=True)
     done = {row["command"] for row in read(data)}
-    missing = [command for command in commands if command not in done]
-    with ThreadPoolExecutor(jobs) as pool:
-        list(pool.map(one, missing))  # list() raises here what a thread raised
+    with ThreadPoolExecutor(jobs) as pool:  # list() raises here what a thread raised
+        list(pool.map(one, [command for command in commands if command not in done]))
 
 
 def start(result: dict) -> tuple:

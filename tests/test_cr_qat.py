@@ -129,9 +129,10 @@ def test_first_step_by_hand(parse, tiny_data, method, flags):
         one, two = map(cr_qat.distort, (one, two), args.views)
     if args.labels and method == "baseline":
         one, labels = one[:8], labels[:8]
+    logits = student(one)
     if method == "two-view":
-        one, labels = torch.cat([one, two]), labels.repeat(2)
-    logits, known = student(one), labels >= 0
+        logits, labels = torch.cat([logits, student(two)]), labels.repeat(2)
+    known = labels >= 0
     loss = F.cross_entropy(logits[known], labels[known])
     if method in ("cr", "pi", "fp-teacher"):
         ramp = math.exp(-5) if args.ramp_epochs else 1
