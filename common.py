@@ -198,8 +198,8 @@ class LSQPlus(Quantizer):
 
 class PACT(Quantizer):
     """PACT (parameterized clipping activation, Choi et al. 2018): only clipped values move alpha.
-    The parameter is s; dividing its gradient by (alpha / s)^2 moves alpha as if alpha were it.
-    alpha starts at the end of LSQ's range; if z > 0, we also clip at -z s, as LSQ does [choices].
+    The parameter is s = alpha / q_max. Its gradient is divided by q_max^2, so that alpha moves as a
+    parameter alpha would. It starts at LSQ's upper end; if z > 0, we also clip at -z s [choices].
 
         x_hat = round(clip(x, 0, alpha) / s) s,  s = alpha / q_max   dx_hat/dalpha = [x >= alpha]"""
 
@@ -293,7 +293,7 @@ def calibrate(qmodel: nn.Module, images: Tensor, candidates: int = 100, batch_st
     paper). Each layer sees quantized inputs. Batch norm normalises by this batch, as training will
     by its own [choice]; with batch_stats=False, for no training, by its running statistics."""
     quantizers = [m for m in qmodel.modules() if isinstance(m, Quantizer)]
-    # The pass moves running statistics, so a copy that shares the quantizers makes it.
+    # The pass would move running statistics, so we run it on a copy that shares the quantizers.
     probe = copy.deepcopy(qmodel, {id(q): q for q in quantizers})
     for m in probe.modules():
         m.training = batch_stats and isinstance(m, nn.modules.batchnorm._BatchNorm)
@@ -875,7 +875,7 @@ def result_table(results: list[dict]) -> str:
         groups.setdefault((r["method"], f"{r['wbits']}/{r['abits']}"), {})[r["seed"]] = r
     lines = [f"\n{first['dataset']}, {first['train_size']} training images, {first['model']}, "
              f"quantizer {results[-1]['quantizer']}, augment {first['augment']}; {first['split']} "
-             "accuracy after the last epoch",
+             "accuracy after the last epoch, batch norm renewed",
              f"{'method':<14}{'W/A':<7}{'acc %':<15}{'vs baseline':<15}seeds"]
     for (method, bits), group in groups.items():
         rows, reference = group.values(), groups.get(("baseline", bits), {})

@@ -139,13 +139,14 @@ def measure(args: Namespace, data: Data, network: nn.Module) -> None:
 
 class DifferentialWeightNoise:
     """Gaussian noise like the weights' quantization error, mean and variance per output channel.
+    Step t adds n_t to the weights, takes gradient and step there, and then removes n_t:
 
-        W <- W + n_t - n_(t-1),   n_t = lambda (mu + sigma e),   e ~ N(0, 1)
+        w <- w - lr dL/dw(w + n_t),   n_t = lambda (mu + sigma e),   e ~ N(0, 1)
 
-    The network holds w = W - n. SGD then is w <- w - lr dL/dw(w + n): Anti-PGD (anticorrelated
-    perturbed gradient descent, Orvieto et al. 2022) with quantization's mu and sigma, measured at
-    the start of each epoch [choice; the authors average over epochs, 0.9 of the old]. `isotropic`
-    gives all weights zero-mean noise of one variance, and the same sum of squares.
+    For the noisy W = w + n_t that is W <- W - lr dL/dW + n_(t+1) - n_t, hence "differential", or
+    Anti-PGD (anticorrelated perturbed gradient descent, Orvieto et al. 2022). mu and sigma are
+    measured at the start of each epoch [choice; the authors average over epochs, 0.9 of the old].
+    `isotropic` gives all weights zero-mean noise of one variance, and the same sum of squares.
     """
 
     def __init__(self, model: nn.Module, bits: int, isotropic: bool = False):
@@ -230,10 +231,9 @@ def train(args: Namespace, data: Data, method: str, seed: int) -> dict[str, tupl
     """One training run from scratch: {method: (network, result), method+swa: ...}. One run gives
     both, as averaging does not touch training; --swa-rate changes the learning rate, and so both.
 
-    "weight" is differential: n_t leaves after the step. "additive" [choice] takes it away before;
-    the only difference is what weight decay shrinks, w + n_t or w. A zero-mean pair of injections,
-    at w + n and w - n for one step, is not built. "isotropic" and "wrong-bits" are differential
-    controls, whose noise has another shape or another size.
+    "weight" is differential: n_t leaves after the step. "additive" removes it before [choice], so
+    that weight decay shrinks w, not w + n_t; all else is equal. Two controls: "isotropic" has noise
+    of another shape, "wrong-bits" has noise of 8 bits, so hardly any.
     """
     parts, on_weights, on_activations = method.split("+"), None, None
     torch.manual_seed(common.random_stream("weights", seed))

@@ -12,8 +12,9 @@ standardized distillation (CSD). The loss is cross-entropy plus CSD (Eq. 22).
     x_l, z_l                         input and output of layer l: N x C x H x W (or N x T x C)
     s_l, z, q                        layer.input_quantizer .step_size, .zero_point, .bits  Eq. 3-5
     delta ~ U[-s_l/2, s_l/2], p      stochastic_feature_perturbation(x, step_size, p)      Eq. 9, 14
+    z_l = w_hat * (x_l + delta)      perturbed(student, p, noise_at)                       Eq. 16
     z_l standardized                 standardize(z)                                        Eq. 15
-    L_CSD                            csd_loss(student_feats, teacher_feats)                Eq. 16-17
+    L_CSD                            csd_loss(student_feats, teacher_feats)                Eq. 17
     L = L_CE + L_CSD                 train()                                       Eq. 22, Alg. 1
 
     python fpq.py --bits 2                         full precision, baseline (LSQ), FPQ
@@ -69,9 +70,9 @@ def stochastic_feature_perturbation(x: Tensor, step_size: Tensor, p: float,
     """SFP, Eq. 9 and 14: with probability p, x + delta, delta ~ U[-s/2, s/2] per element; else x.
 
     x: any shape; step_size broadcasts against it. Each layer tosses its own coin in each step, so
-    that with a small p noise rarely meets in two layers: together they would shift the expected
-    loss (Prop. 1). No gradient flows through delta [choice]. generator: on x's device; if None,
-    the CPU tosses, and never waits for a GPU.
+    that with a small p noise rarely meets in two layers, where its effect would not average out
+    (Prop. 1). No gradient flows through delta [choice]. generator: on x's device; if None, the CPU
+    tosses, and never waits for a GPU.
     """
     coin_device = generator.device if generator else "cpu"
     if torch.rand((), generator=generator, device=coin_device) >= p:  # Eq. 14: the coin
@@ -99,9 +100,8 @@ def channel_mean(z: Tensor) -> Tensor:
 
 
 class ChannelDistance(torch.autograd.Function):
-    """`channel_distance`. The derivative of its formula is, but for a factor 2 / numel, per_student
-    * student + per_teacher * teacher + constant, as d var_s = 2 (student - mean_s) / n and d cov =
-    (teacher - mean_t) / n: two passes over memory, where autograd takes ten."""
+    """`channel_distance`. Its derivative is, but for a factor 2 / numel, per_student * student +
+    per_teacher * teacher + constant: two passes over memory, where autograd takes ten."""
 
     @staticmethod
     def forward(ctx, student, teacher, eps):
@@ -138,7 +138,7 @@ def channel_distance(student: Tensor, teacher: Tensor, eps: float = 1e-5) -> Ten
 
 
 def csd_loss(student_feats: list[Tensor], teacher_feats: list[Tensor]) -> Tensor:
-    """CSD, Eq. 16-17. Both lists hold the outputs z_l (Eq. 16), N x C x ..., of the same layers.
+    """CSD, Eq. 17. Both lists hold the outputs z_l, N x C x ..., of the same layers in order.
 
         L_CSD = mean_l mean_(n,c,...) (z~_student - z~_teacher)^2
 
@@ -164,11 +164,11 @@ def layers_of(model: nn.Module) -> list[nn.Module]:
 
 def perturbed(student: nn.Module, p: float, noise_at: str):
     """A context in which SFP acts, with chance p each, on the inputs of `layers_of` and on both
-    factors of attention's products [choice]. noise_at: "operand", after the quantizer, as the paper
-    multiplies w_hat by the noisy input; "input", before it [choice], where noise makes rounding
-    stochastic; "weight", only on the quantized weights of `layers_of`, as Fig. 2 compares."""
+    factors of attention's products [choice]. noise_at: "operand", after the quantizer, as in Eq.
+    16; "input", before it, which makes rounding stochastic [choice]; "weight", only on the
+    quantized weights of `layers_of`, as Fig. 2 compares."""
     def after(quantizer, inputs, x_hat):
-        return stochastic_feature_perturbation(x_hat, quantizer.grid(x_hat)[0], p)
+        return stochastic_feature_perturbation(x_hat, quantizer.grid(x_hat)[0], p)  # Eq. 16
 
     def before(quantizer, inputs):
         return stochastic_feature_perturbation(inputs[0], quantizer.grid(inputs[0])[0], p)

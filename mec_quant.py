@@ -3,8 +3,8 @@ Extremely Low Bit Quantization-Aware Training", arXiv 2509.15514.
 
 The idea. Few bits bias what a network represents. So MEC-Quant keeps the features rich while the
 network learns the labels. It measures the features' entropy by the length of a lossy code for them.
-Experts share the coding of long-tailed features, each a range of magnitudes [choice]. Training
-minimises the cross-entropy (CE) minus beta times the relative length of the code.
+"Experts", one for each range of magnitudes, share the coding of long-tailed features; they have no
+parameters [choice]. The loss is cross-entropy (CE) minus beta times the code's relative length.
 
 We had only abstract and summaries; [choice] marks our decisions. Length and series are from Ma et
 al. 2007 and Liu et al. 2022; the mixture is after maximal coding rate reduction (Yu et al. 2020).
@@ -39,17 +39,18 @@ PAPER = {"model": "resnet18", "stem": "imagenet", "dataset": "cifar10", "batch_s
          # Above: FPQ's protocol (we infer the stem). Below, and --augment: ours [choice].
          "fp_epochs": 200, "fp_lr": 0.1, "fp_weight_decay": 5e-4, "pad": 4}
 
-# By method: gates (None: no coding length, "one": no experts); is Z2 the other choice of --branch?
-METHODS = {"baseline": (None, False), "mec": ("one", False), "mec-quant": ("scale", False),
-           "branch": ("scale", True), "random": ("random", False), "kd": (None, False)}
+# By method: how experts share the rows ("one": no experts; None: no coding length). "branch" codes
+# the student's features together with full precision's, Z2; elsewhere Z2 is Z1.
+METHODS = {"baseline": None, "mec": "one", "mec-quant": "scale", "branch": "scale",
+           "random": "random", "kd": None}
 ORDERS = (2, 4, 8)  # of the series that --diagnose compares with the exact value
 
 
 def even(text: str) -> int:
-    """An argparse type: an even number, as the last term of an odd order rewards a collapsed Z."""
+    """An argparse type: an even number. The last term of an odd order rewards rows that agree."""
     order = common.number(int, 2, 100)(text)
     if order % 2:
-        raise argparse.ArgumentTypeError(f"{text!r} is odd and rewards collapse; try {order - 1}")
+        raise argparse.ArgumentTypeError(f"{text!r} is odd and rewards equal rows; try {order - 1}")
     return order
 
 
@@ -64,7 +65,6 @@ def parse_args() -> Namespace:
         ("--eps2", number(float, 1e-6, 1e6), 1 / 32, "squared error per feature the code may make"),
         ("--order", even, None, "mec: even order of the Taylor series (without it: exact value)"),
         ("--experts", number(int, 1, 64), 3, "K: number of experts"),
-        ("--branch", ["self", "teacher"], "self", "Z2: the student's Z, or full precision's"),
         ("--features", ["float", "quantized"], "float", "Z before or after the last quantizer"),
         ("--kd-weight", number(float, 0, 1e6), 1.0, "weight of knowledge distillation in kd"),
         ("--ablate", bool, False, f"train all methods: {' '.join(METHODS)}"),
@@ -107,9 +107,10 @@ def logdet(c: Tensor, symmetric: bool) -> Tensor:
 
 def coding_length(z1: Tensor, z2: Tensor | None = None, *, eps2: float,
                   order: int | None = None) -> Tensor:
-    """L(Z1, Z2): nats of a code for Z1 and Z2 with squared error eps_d^2 per feature. The volume
-    that the features fill, over that of the error, is how many words the code needs; its logarithm
-    is their length. Z2 is Z1 by default. m x d each; the caller centres and normalises them.
+    """L(Z1, Z2): length in nats of a code for the rows of Z1 and Z2 that may err by eps_d^2 per
+    feature, squared. A code needs as many words as balls of that error fill the features' volume;
+    its length is the logarithm of their number. Z2 is Z1 by default. m x d each; the caller
+    centres and normalises them.
 
         L = mu log det(I + lambda Z1^T Z2),  mu = (m + d) / 2,  lambda = 1 / (m eps_d^2)
 
@@ -127,7 +128,7 @@ def coding_length(z1: Tensor, z2: Tensor | None = None, *, eps2: float,
 def series_converges(c: Tensor, order: int) -> bool:
     """Whether the spectral norm of C is below 1; a warning, shown once, if it is not."""
     if order % 2 or order < 2:
-        raise ValueError(f"order should be 2, 4, 6, ..., not {order}: odd ones reward collapse")
+        raise ValueError(f"order should be 2, 4, 6, ..., not {order}: odd ones reward equal rows")
     if not c.isfinite().all():  # LAPACK would raise; the series gives a loss of nan
         return True
     norm = torch.linalg.matrix_norm(c.detach(), 2).item()
@@ -212,9 +213,8 @@ def penultimate(model: nn.Module, features: str = "float") -> Iterator[list[Tens
 def train(args: Namespace, data: Data, method: str, seed: int,
           network: nn.Module) -> tuple[nn.Module, dict, list[dict]]:
     """(quantized network, result, history), from the full-precision `network` on."""
-    kind, exchange = METHODS[method]
+    kind, by_teacher = METHODS[method], method == "branch" and args.beta > 0
     beta, kd_weight = (args.beta, 0) if kind else (0, args.kd_weight * (method == "kd"))
-    by_teacher = beta and (args.branch == "teacher") != exchange
     student = quantize(network, args.wbits, args.abits, args.quantizer)
     calibrate(student, data.sample(100)[0])
     optimizer = sgd(student, args.lr, args.weight_decay)

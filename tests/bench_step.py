@@ -123,7 +123,7 @@ def time_steps(flags: list) -> dict:
 
 
 if __name__ == "__main__":
-    print(f"step / full precision, torch {torch.__version__}, {torch.get_num_threads()} threads")
+    print(f"step / full precision, torch {torch.__version__}")
     with tempfile.TemporaryDirectory() as out:
         flags = ["--dataset", "shapes", "--out", out, *sys.argv[1:], "--model"]
         table = [time_steps([*flags, model]) for model in MODELS]

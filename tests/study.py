@@ -104,15 +104,14 @@ def moments(sample: list[float]) -> tuple[float, float]:
 
 
 def tuning_table(found: dict) -> str:
-    """Mean accuracy on held-out images for each value of a flag; (1) marks a mean over one seed."""
+    """Mean accuracy on held-out images for each value of a flag, over two seeds."""
     lines = ["| script, method | flag (default) | value: held-out acc. %, crop+flip | without |",
              "|---|---|---|---|"]
     for table in PLAN["tuning"]:
         cells = ["", ""]
         for i, column in enumerate(table["columns"]):
             acc = {name: values(table, [name], column, found) for name, *_ in table["rows"]}
-            cells[i] = ", ".join(f"{name}: {np.mean(a):.1f}" + " (1)" * (len(a) < 2)
-                                 for name, a in acc.items() if a)
+            cells[i] = ", ".join(f"{name}: {np.mean(a):.1f}" for name, a in acc.items() if a[1:])
         lines.append(f"| {table['title']} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -138,15 +137,13 @@ def verdicts(found: dict) -> str:
     """A row per claim: what we measured and, from three seeds on, if it holds ("no": opposite)."""
     lines = ["| paper | claim | measured (seeds) | holds |", "|---|---|---|---|"]
     for paper, claim, title, where, name, than, what, margin in PLAN["claims"]:
-        (table,), cells = [t for t in PLAN["study"] if t["title"] == title], []
-        counts, errors = [], []
-        for column in (table["columns"][i] for i in where):
-            sample = values(table, [name, than], column, found, what)
-            mean, error = moments(sample)
-            cells.append(f"{column[0]} {mean_and_error(sample, '+')} ({len(sample)})")
-            counts.append(len(sample))
-            errors.append((mean - margin) / error)
-        verdict = ("" if min(counts) < 3 else "yes" if min(errors) > 2 else
+        (table,) = [t for t in PLAN["study"] if t["title"] == title]
+        columns = [table["columns"][i] for i in where]
+        samples = [values(table, [name, than], column, found, what) for column in columns]
+        cells = [f"{column[0]} {mean_and_error(sample, '+')} ({len(sample)})"
+                 for column, sample in zip(columns, samples)]
+        errors = [(mean - margin) / error for mean, error in map(moments, samples)]
+        verdict = ("" if min(map(len, samples)) < 3 else "yes" if min(errors) > 2 else
                    "in part" if max(errors) > 2 else "no" if max(errors) < -2 else "not shown")
         lines.append(f"| {paper} | {claim} | {title}: {what}, {name} - {than}: {', '.join(cells)} "
                      f"| {verdict} |")
@@ -167,7 +164,7 @@ def charts(found: dict) -> list[str]:
     def mean(table, name, column, what="acc"):
         return moments(values(table, [name], column, found, what))[0]
 
-    qat, dnq, *_ = PLAN["study"]
+    qat, _, dnq, *_ = PLAN["study"]
     none, bits, bars = qat["columns"][0], dnq["columns"][:4], {}
     for name, _, _, gain in (row for row in qat["rows"] if row[3:]):
         bars[name] = moments(values(qat, [name, "baseline"], none, found))
@@ -175,20 +172,21 @@ def charts(found: dict) -> list[str]:
     gains, error = np.transpose([*bars.values()])
     acc = {name: [mean(dnq, name, column) for column in bits] for name, *_ in dnq["rows"]}
     traces, names = zip(*sorted((mean(dnq, name, bits[1], "trace"), name) for name in acc))
-    drops = [acc[name][0] - acc[name][1] for name in names]
-    r = np.corrcoef(np.log(traces), drops)[0, 1]
+    full, low, *_ = np.transpose([acc[name] for name in names])
+    near = abs(full - acc["sgd"][0]) < 1
+    r, of_near = (np.corrcoef(np.log(traces)[m], (full - low)[m])[0, 1] for m in (full > 0, near))
     return [
         chart("Gain over LSQ, W2A2, no augmentation; lines: plus and minus one standard error",
               "points", bars, ("bar", gains), ("line", gains - error), ("line", gains + error)),
         chart("Hessian trace by epoch, W2A2: LSQ, then FPQ", "trace", range(1, 31), *(
             ("line", [mean(qat, name, none, f"trace {epoch}") for epoch in range(1, 31)])
             for name in ("baseline", "fpq"))),
-        chart("Accuracy after PTQ by bits: plain training, then DNQ", "%",
+        chart("Accuracy after PTQ by bits: sgd, then DNQ for W2A4 (weight+activation+swa)", "%",
               [column[0] for column in bits],
               ("line", acc["sgd"]), ("line", acc["weight+activation+swa"])),
-        chart(f"Drop by PTQ at W4A4, by Hessian trace; correlation with its logarithm {r:.2f}",
-              "points", [f"{name} {trace:.0f}" for name, trace in zip(names, traces)],
-              ("bar", drops))]
+        chart(f"Drop by PTQ at W4A4, by trace. Correlation with its logarithm {r:.2f}, of the "
+              f"networks within 1 point of sgd before PTQ {of_near:.2f}", "points",
+              [f"{name} {trace:.0f}" for name, trace in zip(names, traces)], ("bar", full - low))]
 
 
 def report() -> str:

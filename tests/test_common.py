@@ -304,7 +304,8 @@ def test_result_table_pairs_seeds():
             row("fpq", 83.0, 1), row("fpq", 80.5, 0), row("fpq", 90.0, 2), row("fpq", 99.0, 0, 4)]
     _, title, _, *lines, note = common.result_table(rows).split("\n")
     assert title == ("d, 9 training images, m, quantizer pact, augment flip; val accuracy after "
-                     "the last epoch") and note.startswith("± is over seeds of one full-precision")
+                     "the last epoch, batch norm renewed")
+    assert note.startswith("± is over seeds of one full-precision")
     assert [re.split("  +", line) for line in lines] == [
         ["fp", "32/32", "70.00", "1"], ["baseline", "2/2", "81.00 ± 1.00", "2"],
         ["fpq", "2/2", "84.50 ± 2.84", "+0.75 ± 0.25", "3"], ["fpq", "4/4", "99.00", "1"]]

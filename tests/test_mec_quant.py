@@ -83,8 +83,7 @@ def test_gates_sum_to_one_and_follow_the_magnitude():
 
 @pytest.mark.parametrize("method,flags", [
     ("baseline", ""), ("mec", ""), ("mec", "--order 2 --eps2 2"), ("mec-quant", ""),
-    ("mec-quant", "--branch teacher"), ("branch", ""), ("kd", "--kd-weight 0.7"),
-    ("mec-quant", "--features quantized")])
+    ("branch", ""), ("kd", "--kd-weight 0.7"), ("mec-quant", "--features quantized")])
 def test_first_step_by_hand(parse, tiny_data, method, flags):
     """The gradients of CE - beta L / L_max or, with kd, of CE plus FPQ's distillation."""
     args = parse("mec_quant", "--beta 5 --experts 2 --quantizer pact --method", method, flags)
@@ -100,7 +99,7 @@ def test_first_step_by_hand(parse, tiny_data, method, flags):
     elif method == "mec":
         loss = -5 * coding_length(z, eps2=args.eps2, order=args.order)
     elif method != "baseline":
-        z2 = other if method == "branch" or args.branch == "teacher" else None
+        z2 = other if method == "branch" else None
         loss = -5 * moe_coding_length(z, scale_gates(features.norm(dim=1), 2), eps2=1 / 32, z2=z2)
     if method != "kd":
         loss = loss / mec_quant.longest_code(32, 8, args.eps2)

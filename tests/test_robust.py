@@ -27,7 +27,7 @@ from conftest import SHAPES
 
 SHORT = "--batch-size 8 --fp-epochs 2 --epochs 2 --dataset folder --data-dir"
 FLAGS = {"fpq": "--method fpq --p 0.5", "cr_qat": "--method cr --views crop+flip+noise",
-         "mec_quant": "--method mec-quant --branch teacher",
+         "mec_quant": "--method branch",
          "flat_quant": "--method weight+activation --fp-epochs 4"}
 TIMES = "seconds", "seconds_per_epoch", "command"
 PROCESSES = multiprocessing.get_context("forkserver")  # forks of one that has only imported
