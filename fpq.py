@@ -2,11 +2,12 @@
 Implicit-Regularization on Hessian Matrix", arXiv 2503.11159.
 
 The idea. Rounding moves the weights and features of a network; if the loss is flat, it changes
-little. Zero-mean noise during training penalises the trace of the Hessian without computing it
-(Eq. 7). So FPQ adds uniform noise, one step size wide, to the inputs of randomly chosen layers:
-stochastic feature perturbation (SFP). It also pulls the output of every layer but the classifier
-towards the full-precision network's, after standardizing both per channel: channel-wise
-standardized distillation (CSD). The loss is cross-entropy plus CSD (Eq. 22).
+little. Noise d of mean 0 adds about E[d^2] / 2 Tr(H) to the expected loss, H being its Hessian in
+what d moves (Eq. 7): training under noise penalises the trace without computing H. So FPQ adds
+uniform noise, one step size wide, to the inputs of randomly chosen layers: stochastic feature
+perturbation (SFP). It also pulls the output of every layer but the classifier towards the
+full-precision network's, after standardizing both per channel: channel-wise standardized
+distillation (CSD). The loss is cross-entropy plus CSD (Eq. 22).
 
     paper                            here
     x_l, z_l                         input and output of layer l: N x C x H x W (or N x T x C)
@@ -70,9 +71,8 @@ def stochastic_feature_perturbation(x: Tensor, step_size: Tensor, p: float,
     """SFP, Eq. 9 and 14: with probability p, x + delta, delta ~ U[-s/2, s/2] per element; else x.
 
     x: any shape; step_size broadcasts against it. Each layer tosses its own coin in each step, so
-    that with a small p noise rarely meets in two layers, where its effect would not average out
-    (Prop. 1). No gradient flows through delta [choice]. generator: on x's device; if None, the CPU
-    tosses, and never waits for a GPU.
+    that with a small p noise rarely meets in two layers: by Prop. 1 its expectation is biased then.
+    No gradient flows through delta [choice]. generator: on x's device; None: the CPU tosses.
     """
     coin_device = generator.device if generator else "cpu"
     if torch.rand((), generator=generator, device=coin_device) >= p:  # Eq. 14: the coin

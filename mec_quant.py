@@ -47,7 +47,7 @@ ORDERS = (2, 4, 8)  # of the series that --diagnose compares with the exact valu
 
 
 def even(text: str) -> int:
-    """An argparse type: an even number. The last term of an odd order rewards rows that agree."""
+    """An argparse type: an even number. An odd order's last term is greatest if all rows agree."""
     order = common.number(int, 2, 100)(text)
     if order % 2:
         raise argparse.ArgumentTypeError(f"{text!r} is odd and rewards equal rows; try {order - 1}")
@@ -144,10 +144,10 @@ def moe_coding_length(z: Tensor, gates: Tensor, *, eps2: float, z2: Tensor | Non
         L_moe = (m + d) / 2 sum_k n_k / m log det(I + 1 / (n_k eps_d^2) Z^T diag(pi_k) Z2)
         n_k = sum_j pi_jk
 
-    One expert gives L(Z). With one branch L_moe is a lower bound of L(Z), as log det is concave, so
-    it is safe to maximise. That is why we weigh by (m + d) / 2 n_k / m [choice]: (n_k + d) / 2, the
-    cost of K separate codes, can exceed L(Z). We leave out the bits that name the expert, as the
-    gates are constants. The K matrices are d x d or, if smaller, m x m."""
+    One expert gives L(Z). As log det is concave, more give a lower bound of L(Z), if Z2 is Z1: it
+    is safe to maximise. Weights (n_k + d) / 2, the cost of K separate codes, would break the bound
+    [choice]. The bits that name the expert are left out, as the gates are constants. The K matrices
+    are d x d or, if smaller, m x m."""
     m, d = z.shape
     n = gates.sum(0).clamp_min(common.TINY)
     root = gates.T.sqrt()[:, :, None]

@@ -35,7 +35,7 @@ def test_eq14_one_coin_for_the_whole_tensor():
 
 
 @pytest.mark.parametrize("shape", [(6, 3, 4, 5), (12, 4), (3, 2, 7)])
-def test_eq15_standardize_and_eq16_the_distance_of_standardized_copies(shape):
+def test_eq15_standardize_and_the_distance_of_standardized_copies(shape):
     z = (3e-3 * normal(*shape).double() + 5).requires_grad_()  # of a variance near eps
     teacher = (0.5 * z + 1e-3 * normal(*shape, seed=2)).detach()
     var, mean = torch.var_mean(z, (0, *range(2, z.dim())), correction=0, keepdim=True)
