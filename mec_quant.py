@@ -3,8 +3,9 @@ Extremely Low Bit Quantization-Aware Training", arXiv 2509.15514.
 
 The idea. Few bits bias what a network represents. So MEC-Quant keeps the features rich while the
 network learns the labels. It measures the features' entropy by the length of a lossy code for them.
-"Experts", one for each range of magnitudes, share the coding of long-tailed features; they have no
-parameters [choice]. The loss is cross-entropy (CE) minus beta times the code's relative length.
+Features are long-tailed: a few are far larger than most. So "experts" share the coding, one for
+each range of magnitudes, without parameters of their own [choice]. The loss is cross-entropy (CE)
+minus beta times the code's relative length.
 
 We had only abstract and summaries; [choice] marks our decisions. Length and series are from Ma et
 al. 2007 and Liu et al. 2022; the mixture is after maximal coding rate reduction (Yu et al. 2020).
@@ -96,8 +97,8 @@ def series_logdet(c: Tensor, order: int) -> Tensor:
 
 
 def logdet(c: Tensor, symmetric: bool) -> Tensor:
-    """log |det(I + C)| of ... x n x n. One branch has a symmetric C: Cholesky is enough, and does
-    not wait for the device. Two branches need LU factors; we drop the determinant's sign."""
+    """log |det(I + C)| of ... x n x n. If Z2 is Z1, C is symmetric: Cholesky is enough, and does
+    not wait for the device. Else it takes LU factors; we drop the determinant's sign."""
     eye = torch.eye(c.shape[-1], dtype=c.dtype, device=c.device)
     if symmetric:
         factor = torch.linalg.cholesky_ex(eye + c).L
@@ -107,10 +108,9 @@ def logdet(c: Tensor, symmetric: bool) -> Tensor:
 
 def coding_length(z1: Tensor, z2: Tensor | None = None, *, eps2: float,
                   order: int | None = None) -> Tensor:
-    """L(Z1, Z2): length in nats of a code for the rows of Z1 and Z2 that may err by eps_d^2 per
-    feature, squared. A code needs as many words as balls of that error fill the features' volume;
-    its length is the logarithm of their number. Z2 is Z1 by default. m x d each; the caller
-    centres and normalises them.
+    """L(Z1, Z2), m x d each, centred, normalised; Z2 is Z1 by default: length in nats of a code for
+    their rows that may err by eps_d^2 per feature, squared. It needs as many words as balls of that
+    error fill the features' volume; a word's length is the logarithm of their number.
 
         L = mu log det(I + lambda Z1^T Z2),  mu = (m + d) / 2,  lambda = 1 / (m eps_d^2)
 
