@@ -165,7 +165,7 @@ def charts(found: dict) -> list[str]:
         return moments(values(table, [name], column, found, what))[0]
 
     qat, _, dnq, *_ = PLAN["study"]
-    none, bits, bars = qat["columns"][0], dnq["columns"][:4], {}
+    none, bits, bars = qat["columns"][0], dnq["columns"][:3], {}
     for name, _, _, gain in (row for row in qat["rows"] if row[3:]):
         bars[name] = moments(values(qat, [name, "baseline"], none, found))
         bars[f"{name}, published"] = float(gain), 0
