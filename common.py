@@ -695,7 +695,7 @@ def cosine_lr(step, total, peak, warmup=0.0):
 # What full precision depends on, so that all scripts, methods and seeds can share one network.
 FP_FLAGS = ("model depth stem augment pad batch_size fp_epochs fp_lr fp_weight_decay fp_seed "
             "tf32").split()
-# These do not shape training, nor may any switch but --tf32; a fingerprint identifies the data.
+# These do not shape training, nor does any switch but --tf32. A fingerprint identifies the data.
 NOT_SHAPING = "out data_dir dataset train_size val device recipe bits seed method command".split()
 
 
@@ -968,7 +968,7 @@ def shifted(params, shifts):
         yield
     finally:
         for p, w, m in zip(params, latent, moved):
-            p.copy_(w + (p - m))
+            p.copy_(w + (p - m))  # p - m is the step, if one was taken inside
 
 
 @dataclass

@@ -167,8 +167,8 @@ def train(args: Namespace, data: Data, method: str, seed: int, network: nn.Modul
               average=average)
     views = args.views if by and args.views else [args.augment]
     consistent = args.lambda_max > 0 and by not in (None, "label")
-    # The student's view, then the teacher's, if there is use for a second one.
-    views = [views[0], views[-1]][:2 if consistent or by == "label" else 1]
+    # A second view is for the teacher, or for labels ("two-view"); others have no use for it.
+    views = [views[0], views[-1]] if consistent or by == "label" else views[:1]
     alpha = 0 if by == "student" else args.ema  # 0: a copy of the student
 
     for epoch in run.epochs():

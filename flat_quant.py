@@ -232,9 +232,9 @@ def train(args: Namespace, data: Data, method: str, seed: int) -> dict[str, tupl
     both, as averaging does not touch training; --swa-rate changes the learning rate, and so both.
 
     "weight" is differential: n_t leaves after the step. "additive" removes it before [choice], so
-    that weight decay shrinks w, not w + n_t; all else is equal. A zero-mean pair, w + n_t and
-    w - n_t in one step, is not built. Controls: "isotropic" has noise of another shape,
-    "wrong-bits" noise of 8 bits, so hardly any."""
+    that weight decay shrinks w, not w + n_t; without weight decay the two are the same. A zero-mean
+    pair, w + n_t and w - n_t in one step, is not built. Controls: "isotropic" has noise of another
+    shape, "wrong-bits" noise of 8 bits, so hardly any."""
     parts, on_weights, on_activations = method.split("+"), None, None
     torch.manual_seed(common.random_stream("weights", seed))
     model = common.build_model(args.model, data.classes, args.depth, args.stem)

@@ -143,7 +143,7 @@ def csd_loss(student_feats: list[Tensor], teacher_feats: list[Tensor]) -> Tensor
         L_CSD = mean_l mean_(n,c,...) (z~_student - z~_teacher)^2
 
     The paper sums over elements and layers; the sum grows with batch, image and depth and drowns
-    the cross-entropy. We take means [choice]: 0 if all correlations are 1, and 4 if all are -1.
+    the cross-entropy. We take means [choice]. At eps = 0 correlations of 1 give 0, of -1 give 4.
     """
     distances = [channel_distance(s, t) for s, t in zip(student_feats, teacher_feats, strict=True)]
     return torch.stack(distances).mean()  # Eq. 17

@@ -114,9 +114,9 @@ def coding_length(z1: Tensor, z2: Tensor | None = None, *, eps2: float,
 
         L = mu log det(I + lambda Z1^T Z2),  mu = (m + d) / 2,  lambda = 1 / (m eps_d^2)
 
-    I + lambda Z1 Z2^T, m x m, has the same determinant; we take the smaller matrix. The default is
-    exact. An even `order` takes the series of Liu et al., but warns and stays exact at a spectral
-    norm of 1 or more [choice], waiting for the device. An odd one raises ValueError."""
+    As det(I + AB) = det(I + BA), I + lambda Z1 Z2^T, m x m, will do; we take the smaller one. The
+    default is exact. An even `order` takes the series of Liu et al., but warns and stays exact at a
+    spectral norm of 1 or more [choice], waiting for the device. An odd one raises ValueError."""
     m, d = z1.shape
     a, b = (z1, z1 if z2 is None else z2) if m <= d else (z1.T, (z1 if z2 is None else z2).T)
     c = a @ b.T / (m * eps2)

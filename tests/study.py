@@ -145,18 +145,21 @@ def verdicts(found: dict) -> str:
         errors = [(mean - margin) / error for mean, error in map(moments, samples)]
         verdict = ("" if min(map(len, samples)) < 3 else "yes" if min(errors) > 2 else
                    "in part" if max(errors) > 2 else "no" if max(errors) < -2 else "not shown")
-        lines.append(f"| {paper} | {claim} | {title}: {what}, {name} - {than}: {', '.join(cells)} "
+        lines.append(f"| {paper} | {claim} | {title}: {what}, {name} - {than}: {'; '.join(cells)} "
                      f"| {verdict} |")
     return "\n".join(lines)
 
 
-def chart(title: str, y: str, x: list, *series: tuple) -> str:
-    """A chart for Mermaid, or "" if a value is missing; series: ("bar" or "line", values)."""
-    names = ", ".join(f'"{name}"' for name in x)
-    lines = [f"    {kind} [{', '.join(f'{v:.2f}' for v in data)}]" for kind, data in series]
-    return "" if "nan" in title + str(lines) else "\n".join([
-        "```mermaid", "xychart-beta", f'    title "{title}"', f"    x-axis [{names}]",
-        f'    y-axis "{y}"', *lines, "```"])
+def chart(title: str, x: list, *series: tuple) -> str:
+    """A chart for Mermaid, with 0; "" if a value is missing. series: ("bar" or "line", values)."""
+    names, ends = ", ".join(f'"{name}"' for name in x), [0]
+    for _, data in series:
+        ends += min(data), max(data)
+    axis = f"    y-axis {np.floor(min(ends)):.0f} --> {np.ceil(max(ends)):.0f}"
+    lines = [f'    title "{title}"', f"    x-axis [{names}]", axis, *(
+        f"    {kind} [{', '.join(f'{v:.2f}' for v in data)}]" for kind, data in series)]
+    head = "xychart-beta horizontal" if series[0][0] == "bar" else "xychart-beta"
+    return "" if "nan" in str(lines) else "\n".join(["```mermaid", head, *lines, "```"])
 
 
 def charts(found: dict) -> list[str]:
@@ -165,27 +168,27 @@ def charts(found: dict) -> list[str]:
         return moments(values(table, [name], column, found, what))[0]
 
     qat, _, dnq, *_ = PLAN["study"]
-    none, bits, bars = qat["columns"][0], dnq["columns"][:3], {}
+    bits, bars = dnq["columns"][:3], {}
     for name, _, _, gain in (row for row in qat["rows"] if row[3:]):
-        bars[name] = moments(values(qat, [name, "baseline"], none, found))
-        bars[f"{name}, published"] = float(gain), 0
-    gains, error = np.transpose([*bars.values()])
+        for column in qat["columns"]:
+            gained, error = moments(values(qat, [name, "baseline"], column, found))
+            bars[f"{name}, {column[0]}: ± {error:.2f}"] = gained
+        bars[f"{name}, published"] = float(gain)
     acc = {name: [mean(dnq, name, column) for column in bits] for name, *_ in dnq["rows"]}
     traces, names = zip(*sorted((mean(dnq, name, bits[1], "trace"), name) for name in acc))
     full, low, *_ = np.transpose([acc[name] for name in names])
     near = abs(full - acc["sgd"][0]) < 1
     r, of_near = (np.corrcoef(np.log(traces)[m], (full - low)[m])[0, 1] for m in (full > 0, near))
     return [
-        chart("Gain over LSQ, W2A2, no augmentation; lines: plus and minus one standard error",
-              "points", bars, ("bar", gains), ("line", gains - error), ("line", gains + error)),
-        chart("Hessian trace by epoch, W2A2: LSQ, then FPQ", "trace", range(1, 31), *(
-            ("line", [mean(qat, name, none, f"trace {epoch}") for epoch in range(1, 31)])
+        chart("Points over LSQ ± standard error, W2A2", bars, ("bar", bars.values())),
+        chart("Hessian trace by epoch, W2A2: LSQ, then FPQ", range(1, 31), *(
+            ("line", [mean(qat, name, qat["columns"][0], f"trace {i}") for i in range(1, 31)])
             for name in ("baseline", "fpq"))),
-        chart("Accuracy after PTQ by bits: sgd, then DNQ for W2A4 (weight+activation+swa)", "%",
-              [column[0] for column in bits],
-              ("line", acc["sgd"]), ("line", acc["weight+activation+swa"])),
-        chart(f"Drop by PTQ at W4A4, by trace. Correlation with its logarithm {r:.2f}, of the "
-              f"networks within 1 point of sgd before PTQ {of_near:.2f}", "points",
+        chart("Accuracy in % after PTQ: sgd, then weight+activation+swa, for W2A4",
+              [column[0] for column in bits], ("line", acc["sgd"]),
+              ("line", acc["weight+activation+swa"])),
+        chart(f"Points lost by PTQ to W4A4, by trace. Correlation with its logarithm {r:.2f}, of "
+              f"the networks within 1 point of sgd before PTQ {of_near:.2f}",
               [f"{name} {trace:.0f}" for name, trace in zip(names, traces)], ("bar", full - low))]
 
 
