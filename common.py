@@ -45,7 +45,7 @@ def fake_quantize_definition(x: Tensor, step_size: Tensor, zero_point: float, qm
     whole number. Rounding has gradient 0 almost everywhere; the straight-through estimator says 1.
 
         x_hat = (clip(round(x/s) + z, q_min, q_max) - z) * s"""
-    v = torch.clamp(x / step_size, qmin - zero_point, qmax - zero_point)
+    v = torch.clamp(x / step_size, qmin - zero_point, qmax - zero_point)  # first, as z is whole
     v = v + (v.round() - v).detach()  # forward: round(v); backward: the gradient of v
     return v * step_size
 
