@@ -40,9 +40,9 @@ TINY = 1e-12  # no step size is smaller, so x / s stays finite should one become
 
 def fake_quantize_definition(x: Tensor, step_size: Tensor, zero_point: float, qmin: int,
                              qmax: int) -> Tensor:
-    """Fake quantization (Eq. 3) with the gradients of LSQ (learned step size quantization, Esser et
-    al. 2020). It rounds x to a grid of q_max - q_min + 1 floats. s > 0 broadcasts against x; z is a
-    whole number. Rounding has gradient 0 almost everywhere; the straight-through estimator says 1.
+    """Fake quantization (Eq. 3) with LSQ's gradients (learned step size quantization, Esser et al.
+    2020), unscaled. Rounds x to a grid of q_max - q_min + 1 floats; s > 0 broadcasts against x, z
+    is whole. Rounding has gradient 0 almost everywhere; the straight-through estimator says 1.
 
         x_hat = (clip(round(x/s) + z, q_min, q_max) - z) * s"""
     v = torch.clamp(x / step_size, qmin - zero_point, qmax - zero_point)  # first, as z is whole

@@ -109,8 +109,8 @@ def logdet(c: Tensor, symmetric: bool) -> Tensor:
 def coding_length(z1: Tensor, z2: Tensor | None = None, *, eps2: float,
                   order: int | None = None) -> Tensor:
     """L(Z1, Z2), m x d each, centred, normalised; Z2 is Z1 by default: length in nats of a code for
-    their rows that may err by eps_d^2 per feature, squared. It needs as many words as balls of that
-    error fill the features' volume; a word's length is the logarithm of their number.
+    their rows, whose squared error may be eps_d^2 per feature. log det counts the balls of that
+    error that fill the features' volume; mu is for m rows and d directions (Ma et al.).
 
         L = mu log det(I + lambda Z1^T Z2),  mu = (m + d) / 2,  lambda = 1 / (m eps_d^2)
 
