@@ -109,8 +109,8 @@ def logdet(c: Tensor, symmetric: bool) -> Tensor:
 def coding_length(z1: Tensor, z2: Tensor | None = None, *, eps2: float,
                   order: int | None = None) -> Tensor:
     """L(Z1, Z2), m x d each, centred, normalised; Z2 is Z1 by default: length in nats of a code for
-    their rows, whose squared error may be eps_d^2 per feature. log det counts the balls of that
-    error that fill the features' volume; mu is for m rows and d directions (Ma et al.).
+    their rows, whose squared error may be eps_d^2 per feature. log det / 2 is the logarithm of the
+    number of balls of that error that fill the features' volume; m + d: rows and directions (Ma).
 
         L = mu log det(I + lambda Z1^T Z2),  mu = (m + d) / 2,  lambda = 1 / (m eps_d^2)
 

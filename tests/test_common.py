@@ -56,7 +56,7 @@ def test_batches_cover_an_epoch_once_and_depend_on_the_seed_only(tiny_data):
     assert [len(y) for _, y in epoch(0, "none", size=999)] == [64]
 
 
-def test_val_holds_out_balanced_images_by_fp_seed_and_reads_no_test_image(run, monkeypatch):
+def test_val_holds_out_images_by_fp_seed_and_reads_no_test_image(run, monkeypatch):
     x, y, *_ = common.draw_shapes()
     monkeypatch.setattr(common, "draw_shapes", lambda *_: (x, y, None, None))
     data, again, other = (load(val=50, **flags) for flags in (
