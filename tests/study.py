@@ -27,7 +27,7 @@ from common import FP_FLAGS, mean_and_error  # noqa: E402
 # "tuning" and "study" are lists of tables. A row is [name, script and flags, method, published gain
 # if any]; the first is the reference; "fp" is the full precision that the reference starts from. A
 # column is [heading, flags, bits of weights, of activations, figure if not acc]. A claim is [paper,
-# text, table, indices of columns, row, other row, figure, margin to beat the other by].
+# text, figure, margin to beat the other row by, [table, indices of columns, row, other row], ...].
 PLAN = json.loads((DATA / "plan.json").read_text())
 
 
@@ -133,28 +133,29 @@ def study_table(table: dict, found: dict) -> str:
 
 
 def verdicts(found: dict) -> str:
-    """A row per claim: difference and, from three seeds on, if it is 2 errors beyond the margin."""
+    """A row per claim: differences of at least three seeds, and if 2 errors beyond the margin."""
     lines = ["| paper | claim | measured (seeds) | holds |", "|---|---|---|---|"]
-    for paper, claim, title, where, name, than, what, margin in PLAN["claims"]:
-        (table,) = [t for t in PLAN["study"] if t["title"] == title]
-        columns = [table["columns"][i] for i in where]
-        samples = [values(table, [name, than], column, found, what) for column in columns]
-        cells = [f"{column[0]} {mean_and_error(sample, '+')} ({len(sample)})"
-                 for column, sample in zip(columns, samples)]
-        errors = [(mean - margin) / error for mean, error in map(moments, samples)]
-        verdict = ("" if min(map(len, samples)) < 3 else "yes" if min(errors) > 2 else "no"
-                   if max(errors) < -2 else "mixed" if min(errors) < -2 and max(errors) > 2 else
-                   "in part" if max(errors) > 2 else "not shown")
-        lines.append(f"| {paper} | {claim} | {title}: {what}, {name} - {than}: {'; '.join(cells)} "
-                     f"| {verdict} |")
+    tables = {table["title"]: table for table in PLAN["study"]}
+    for paper, claim, what, margin, *tests in PLAN["claims"]:
+        cells, errors = [], []
+        for title, where, name, than in tests:
+            for column in (tables[title]["columns"][i] for i in where):
+                sample = values(tables[title], [name, than], column, found, what)
+                if sample[2:]:
+                    mean, error = moments(sample)
+                    errors += [(mean - margin) / error]
+                    cells += [f"{title}, {column[0]} {mean_and_error(sample, '+')} ({len(sample)})"]
+        verdict = ("not run" if not errors else "yes" if min(errors) > 2 else "mixed"
+                   if min(errors) < -2 and max(errors) > 2 else "in part" if max(errors) > 2
+                   else "no" if min(errors) < -2 else "not shown")
+        head = f"| {paper} | {claim} | {what}, {' - '.join(tests[0][2:])}: "
+        lines.append(f"{head}{'; '.join(cells)} | {verdict} |")
     return "\n".join(lines)
 
 
 def chart(title: str, x: list, *series: tuple) -> str:
     """A chart for Mermaid, with 0; "" if a value is missing. series: ("bar" or "line", values)."""
-    names, ends = ", ".join(f'"{name}"' for name in x), [0]
-    for _, data in series:
-        ends += min(data), max(data)
+    names, ends = ", ".join(f'"{n}"' for n in x), [0, *(v for _, data in series for v in data)]
     axis = f"    y-axis {np.floor(min(ends)):.0f} --> {np.ceil(max(ends)):.0f}"
     lines = [f'    title "{title}"', f"    x-axis [{names}]", axis, *(
         f"    {kind} [{', '.join(f'{v:.2f}' for v in data)}]" for kind, data in series)]
@@ -166,7 +167,6 @@ def charts(found: dict) -> list[str]:
     """Gains at W2A2, trace by epoch; accuracy after PTQ by bits, and its drop by trace."""
     def mean(table, name, column, what="acc"):
         return moments(values(table, [name], column, found, what))[0]
-
     qat, _, dnq, *_ = PLAN["study"]
     bits, bars = dnq["columns"][:3], {}
     for name, _, _, gain in (row for row in qat["rows"] if row[3:]):

@@ -338,8 +338,8 @@ def test_study_pairs_seeds_finds_full_precision_and_judges(monkeypatch):
         "| base | 82.00 ± 1.15 |  |  | 3 |", "| full | 77.00 ± 1.00 | -4.00 ± 2.00 |  | 2 |",
         "| fpq | 84.67 ± 1.20 | +2.67 ± 0.33 | +0.51 | 3 |"]
     for name, margin, verdict in (("fpq", 1.9, "(3) | yes |"), ("fpq", 2.1, "(3) | not shown |"),
-                                  ("fpq", 9, "(3) | no |"), ("full", -99, "(2) |  |")):
-        claim = ["p", "q", "t", [0], name, "base", "acc", margin]
+                                  ("fpq", 9, "(3) | no |"), ("full", -99, "base:  | not run |")):
+        claim = ["p", "q", "acc", margin, ["t", [0], name, "base"]]
         monkeypatch.setattr(study, "PLAN", {"study": [table], "claims": [claim]})
         assert study.verdicts(found).endswith(verdict)
 
@@ -352,6 +352,6 @@ def test_every_command_of_the_study_parses_and_every_claim_has_its_rows(parse):
 
 
 def test_every_line_of_the_readmes_tables_and_charts_is_in_the_report():
-    results = (ROOT / "README.md").read_text().split("## Results")[1].split("\n### ")[0]
+    results = (ROOT / "README.md").read_text().split("## Results")[1].split("## Choices")[0]
     lines = {line for line in results.split("\n") if line.startswith(("|", "    "))}
     assert len(lines) > 10 and lines <= set(study.report().split("\n"))
