@@ -41,11 +41,11 @@ TINY = 1e-12  # no step size is smaller, so x / s stays finite should one become
 def fake_quantize_definition(x: Tensor, step_size: Tensor, zero_point: float, qmin: int,
                              qmax: int) -> Tensor:
     """Fake quantization (Eq. 3) with LSQ's gradients (learned step size quantization, Esser et al.
-    2020), unscaled. Rounds x to a grid of q_max - q_min + 1 floats; s > 0 broadcasts against x, z
-    is whole. Rounding has gradient 0 almost everywhere; the straight-through estimator says 1.
+    2020), unscaled: rounds x to a grid of q_max - q_min + 1 floats. s > 0 broadcasts against x. z
+    is whole, so we may clip before we round. The straight-through estimator: round has gradient 1.
 
         x_hat = (clip(round(x/s) + z, q_min, q_max) - z) * s"""
-    v = torch.clamp(x / step_size, qmin - zero_point, qmax - zero_point)  # first, as z is whole
+    v = torch.clamp(x / step_size, qmin - zero_point, qmax - zero_point)  # gradient 0 outside
     v = v + (v.round() - v).detach()  # forward: round(v); backward: the gradient of v
     return v * step_size
 
@@ -198,10 +198,11 @@ class LSQPlus(Quantizer):
 
 class PACT(Quantizer):
     """PACT (parameterized clipping activation, Choi et al. 2018): only clipped values move alpha.
-    The parameter is s = alpha / q_max. Its gradient is divided by q_max^2, so that alpha moves as a
-    parameter alpha would. It starts at LSQ's upper end; if z > 0, we also clip at -z s [choices].
+    The parameter is s = alpha / n, with n = q_max - z. Its gradient n dL/dalpha is divided by n^2,
+    so that alpha = n s moves as if it were the parameter. It starts at LSQ's upper end; if z > 0,
+    we also clip at -z s [choices].
 
-        x_hat = round(clip(x, 0, alpha) / s) s,  s = alpha / q_max   dx_hat/dalpha = [x >= alpha]"""
+        x_hat = round(clip(x, 0, alpha) / s) s,  s = alpha / n       dx_hat/dalpha = [x >= alpha]"""
 
     decays = True  # as in the paper: weight decay keeps alpha, and so the rounding error, small
 

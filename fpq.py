@@ -70,8 +70,8 @@ def stochastic_feature_perturbation(x: Tensor, step_size: Tensor, p: float,
                                     generator: torch.Generator | None = None) -> Tensor:
     """SFP, Eq. 9 and 14: with probability p, x + delta, delta ~ U[-s/2, s/2] per element; else x.
 
-    x: any shape; step_size broadcasts against it. Each layer tosses its own coin in each step, so
-    that with a small p noise rarely meets in two layers: by Prop. 1 its expectation is biased then.
+    x: any shape; step_size broadcasts against it. Each layer has its own coin; p is small as noise
+    in several layers at once has a biased effect (Prop. 1): 0.1 is two of ResNet-18's 20 layers.
     No gradient flows through delta [choice]. generator: on x's device; None: the CPU tosses.
     """
     coin_device = generator.device if generator else "cpu"
@@ -185,8 +185,8 @@ def perturbed(student: nn.Module, p: float, noise_at: str):
 
 @contextmanager
 def layer_outputs(model: nn.Module) -> Iterator[list[Tensor]]:
-    """A context that yields a list; each layer of `layers_of` appends its output z_l, N x C x ...,
-    as it runs. Tokens, N x T x C, are turned into N x C x T."""
+    """A context that yields a list; each layer of `layers_of` appends its output z_l, N x C x ...
+    (tokens, N x T x C: N x C x T). An in-place ReLU right after a layer would spoil its z_l."""
     def keep(layer, inputs, z):
         outputs.append(z.movedim(2, 1) if z.dim() == 3 else z)
 

@@ -72,11 +72,13 @@ def start(result: dict) -> tuple:
 
 
 def index(rows: list[dict]) -> dict:
-    """Results by (command, method or its start "fp", bits); "trace 30" in them is of epoch 30."""
+    """Results by (command, method or its start "fp", bits). "trace 30" in them is the mean of
+    epochs 26 to 30, as that of one epoch has much noise."""
     fp, found = {start(r): r for r in rows if r["method"] == "fp"}, {}
     for r in rows:
-        by_epoch = {f"{name} {h['epoch']}": np.ravel(h[name])[0]
-                    for h in r.get("history", []) for name in ("trace", "gradient") if name in h}
+        history = r.get("history", [])
+        by_epoch = {f"{name} {i}": np.mean([np.ravel(h[name])[0] for h in history[:i][-5:]])
+                    for i in range(1, len(history) + 1) for name in history[0]}
         found[r["command"], r["method"], r["wbits"], r["abits"]] = r | by_epoch
         found[r["command"], "fp", r["wbits"], r["abits"]] = fp.get(start(r), {})
     return found
@@ -103,14 +105,14 @@ def moments(sample: list[float]) -> tuple[float, float]:
 
 
 def tuning_table(found: dict) -> str:
-    """Mean accuracy on held-out images for each value of a flag, over two seeds."""
+    """Accuracy on held-out images for each value of a flag, as mean ± standard error."""
     lines = ["| script, method | flag (default) | value: held-out acc. %, crop+flip | without |",
              "|---|---|---|---|"]
     for table in PLAN["tuning"]:
         cells = ["", ""]
         for i, column in enumerate(table["columns"]):
             acc = {name: values(table, [name], column, found) for name, *_ in table["rows"]}
-            cells[i] = ", ".join(f"{name}: {np.mean(a):.1f}" for name, a in acc.items() if a[1:])
+            cells[i] = ", ".join(f"{name}: {mean_and_error(a)}" for name, a in acc.items())
         lines.append(f"| {table['title']} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -119,8 +121,8 @@ def study_table(table: dict, found: dict) -> str:
     """Accuracy of each row, and its difference to the first row of the same seed, as mean ±
     standard error over the seeds; the published difference, where there is one."""
     columns, first = table["columns"], table["rows"][0][0]
-    lines = [f"| {table['title']} | {' | | '.join(c[0] for c in columns)} | | published, ResNet-18 "
-             "| seeds |", "|---|" + "---|---|" * len(columns) + "---|---|"]
+    lines = [f"| {table['title']} | {' | difference | '.join(c[0] for c in columns)} | difference "
+             "| published difference | seeds |", "|---|" + "---|---|" * len(columns) + "---|---|"]
     for name, _, _, *gain in table["rows"]:
         acc = [values(table, [name], c, found) for c in columns]
         more = [values(table, [name, first], c, found) if name != first else [] for c in columns]
@@ -164,23 +166,21 @@ def chart(title: str, x: list, *series: tuple) -> str:
 
 
 def charts(found: dict) -> list[str]:
-    """Gains at W2A2, trace by epoch; accuracy after PTQ by bits, and its drop by trace."""
+    """Gains beside published; trace by epoch; accuracy after PTQ by bits, and its drop by trace."""
     def mean(table, name, column, what="acc"):
         return moments(values(table, [name], column, found, what))[0]
-    qat, _, dnq, *_ = PLAN["study"]
+    qat, _, dnq, *_, large, _ = PLAN["study"]
     bits, bars = dnq["columns"][:3], {}
-    for name, _, _, gain in (row for row in qat["rows"] if row[3:]):
-        for column in qat["columns"]:
-            gained, error = moments(values(qat, [name, "baseline"], column, found))
-            bars[f"{name}, {column[0]}: ± {error:.2f}"] = gained
-        bars[f"{name}, published"] = float(gain)
+    for name, _, _, gain in (row for row in large["rows"] if row[3:]):
+        gained, error = moments(values(large, [name, "baseline"], large["columns"][0], found))
+        bars |= {f"{name}: ± {error:.2f}": gained, f"{name}, published": float(gain)}
     acc = {name: [mean(dnq, name, column) for column in bits] for name, *_ in dnq["rows"]}
     traces, names = zip(*sorted((mean(dnq, name, bits[1], "trace"), name) for name in acc))
     full, low, *_ = np.transpose([acc[name] for name in names])
     near = abs(full - acc["sgd"][0]) < 1
     r, of_near = (np.corrcoef(np.log(traces)[m], (full - low)[m])[0, 1] for m in (full > 0, near))
     return [
-        chart("Points over LSQ ± standard error, W2A2", bars, ("bar", bars.values())),
+        chart(f"Points over LSQ ± standard error. {large['title']}", bars, ("bar", bars.values())),
         chart("Hessian trace by epoch, W2A2: LSQ, then FPQ", range(1, 31), *(
             ("line", [mean(qat, name, qat["columns"][0], f"trace {i}") for i in range(1, 31)])
             for name in ("baseline", "fpq"))),
