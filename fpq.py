@@ -2,9 +2,9 @@
 Implicit-Regularization on Hessian Matrix", arXiv 2503.11159.
 
 The idea. Rounding moves the weights and features of a network; if the loss is flat, it changes
-little. Noise d of mean 0 adds about E[d^2] / 2 Tr(H) to the expected loss, H being its Hessian in
+little. Noise d of mean 0 adds about E[d^2] Tr(H) / 2 to the expected loss, H being its Hessian in
 what d moves (Eq. 7): training under noise penalises the trace without computing H. So FPQ adds
-uniform noise, one step size wide, to the inputs of randomly chosen layers: stochastic feature
+uniform noise, one step size wide, to the quantized inputs of random layers: stochastic feature
 perturbation (SFP). It also pulls the output of every layer but the classifier towards the
 full-precision network's, after standardizing both per channel: channel-wise standardized
 distillation (CSD). The loss is cross-entropy plus CSD (Eq. 22).

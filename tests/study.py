@@ -181,7 +181,7 @@ def charts(found: dict) -> list[str]:
     r, of_near = (np.corrcoef(np.log(traces)[m], (full - low)[m])[0, 1] for m in (full > 0, near))
     return [
         chart(f"Points over LSQ ± standard error. {large['title']}", bars, ("bar", bars.values())),
-        chart("Hessian trace by epoch, W2A2: LSQ, then FPQ", range(1, 31), *(
+        chart("Hessian trace, mean of five epochs, W2A2: LSQ, then FPQ", range(1, 31), *(
             ("line", [mean(qat, name, qat["columns"][0], f"trace {i}") for i in range(1, 31)])
             for name in ("baseline", "fpq"))),
         chart("Accuracy in % after PTQ: sgd, then weight+activation+swa, for W2A4",
