@@ -175,12 +175,12 @@ def perturbed(student: nn.Module, p: float, noise_at: str):
 
     if p == 0:
         return nullcontext()
+    layers = [m for m in layers_of(student) if isinstance(m, common.QuantLayer)]
     if noise_at == "weight":
-        return hooked([layer.weight_quantizer for layer in layers_of(student)], after=after)
-    quantizers = [layer.input_quantizer for layer in layers_of(student)]
-    quantizers += [q for m in student.modules() if isinstance(m, common.Product)
-                   for q in m.children()]
-    return hooked(quantizers, **({"after": after} if noise_at == "operand" else {"before": before}))
+        return hooked([layer.weight_quantizer for layer in layers], after=after)
+    sites = [layer.input_quantizer for layer in layers]
+    sites += [q for m in student.modules() if isinstance(m, common.Product) for q in m.children()]
+    return hooked(sites, **({"after": after} if noise_at == "operand" else {"before": before}))
 
 
 @contextmanager

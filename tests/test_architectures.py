@@ -12,6 +12,7 @@ import torchvision
 from torch import nn
 
 import common
+import fpq
 from common import Quantizer, QuantLayer, build_model, calibrate, hooked, quantize, weight_layers
 from conftest import SHAPES, close, normal
 
@@ -156,7 +157,7 @@ def sizes(model, size=32):
     ("mobilenet_v1", (3_217_226, 46_354_432), (3_217_226, 11_596_288)),
     ("mobilenet_v2", (2_236_682, 87_976_448), (2_236_682, 6_124_928)),
     ("vit_tiny", (1_803_850, 122_097_024), None)])
-def test_parameters_and_macs_are_those_of_the_readme(name, cifar, imagenet):
+def test_parameters_and_macs_are_known(name, cifar, imagenet):
     for stem, expected in ("cifar", cifar), ("imagenet", imagenet or cifar):
         model = build_model(name, 10, stem=stem)
         assert sizes(model) == expected
@@ -209,14 +210,16 @@ def test_first_and_last_layer_are_those_of_the_datas_way():
     (lambda: torchvision.models.VisionTransformer(32, 8, 1, 2, 16, 32, num_classes=5),
      r"\.self_attention \(MultiheadAttention\)")])
 def test_what_stays_in_full_precision_is_named(network, left):
-    with pytest.warns(UserWarning, match="^left in full precision: .*" + left):
+    with pytest.warns(match="^left in full precision: .*" + left):
         quantized = quantize(network(), 2, 2)
-    calibrate(quantized, normal(4, 3, 32, 32))
-    assert quantized(normal(4, 3, 32, 32)).isfinite().all()
+    images = normal(4, 3, 32, 32)
+    calibrate(quantized, images)
+    with fpq.perturbed(quantized, 1.0, "operand"):  # no noise there either
+        assert quantized(images).isfinite().all()
 
 
 def test_inputs_of_another_shape_need_an_example_and_a_single_layer_may_be_the_network():
-    model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(3)))
+    model = nn.Sequential(*(nn.Linear(4, 4) for _ in "abc"))
     for network, expected in ((model, [8, 2, 8]), (model[0], [8])):
         quantized = quantize(network, 2, 2, example=torch.zeros(1, 4))
         assert [m.weight_quantizer.bits for m in weight_layers(quantized).values()] == expected
