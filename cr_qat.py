@@ -1,24 +1,23 @@
-"""CR: Consistency Regularization. Pang, Cai, Zhang, Wu, "In-Distribution Consistency Regularization
+"""CR, consistency regularization. Pang, Cai, Zhang, Wu, "In-Distribution Consistency Regularization
 Improves the Generalization of Quantization-Aware Training", arXiv 2402.13497 (v2).
 
-The idea. Small changes of the image and of the weights disturb a quantized network. CR asks for the
-same prediction on two augmented views of one image. The quantized student learns the label from one
-view, by cross-entropy (CE). A quantized teacher, the moving average of the student, predicts from
-the other view. A second loss term draws the student's prediction to the teacher's. It needs no
-label, so unlabelled images can take part (`--labels N` keeps N labels).
+The idea. Small changes of the image or of the weights disturb a quantized network. CR asks for the
+same prediction on two augmented views of an image. The quantized student learns the label from one
+view. A quantized teacher, the moving average of the student, predicts from the other view, and the
+student is drawn to that prediction. This needs no label, so unlabelled images can take part.
 
-We had only the abstract and summaries. The rest is rebuilt on its ancestor, the mean teacher
-(Tarvainen & Valpola 2017): formulas, schedule and constants are our decisions, marked [choice].
+We had only the abstract and summaries. The rest is rebuilt on the mean teacher (Tarvainen & Valpola
+2017), the ancestor: formulas, schedule and constants are our decisions, marked [choice].
 
-    symbol                 here                                                from
-    a(x), a'(x)            two views of run.batches(), then distort            summaries
-    L_con = KL(p_T || p_S) consistency_loss(student_logits, teacher_logits)    summaries, [choice]
-    lambda(t)              ramp_up(t, T) times --lambda-max, T epochs long     ancestor
-    theta_T                ema_update, over all parameters, step sizes too     summaries, [choice]
-    L = CE + lambda L_con  train()                                             summaries, [choice]
+    symbol                   here                                               from
+    a(x), a'(x)              two views of data.batches(), then distort          summaries
+    L_con = KL(p_T || p_S)   consistency_loss(student_logits, teacher_logits)   summaries, [choice]
+    lambda(t)                --lambda-max times ramp_up(t, T)                   ancestor
+    theta_T                  ema_update(teacher, student, updates, alpha)       summaries, [choice]
+    L = CE + lambda L_con    consistent(student, teacher, views, labels, ...)   summaries, [choice]
 
-    python cr_qat.py --bits 2                            full precision, baseline (LSQ), CR
-    python cr_qat.py --bits 2 --controls --diagnose      what else could explain a gain; sensitivity
+    python cr_qat.py --bits 2                         full precision, baseline (LSQ), CR
+    python cr_qat.py --bits 2 --ablate --diagnose     what else could explain a gain; sensitivity
 """
 
 import copy
@@ -26,51 +25,48 @@ import math
 from argparse import Namespace
 from dataclasses import replace
 
-import common
+import common  # before torch, for which it sets the threads
 import torch
 import torch.nn.functional as F
-from common import Data, Run, calibrate, full_precision, hooked, print_row, quantize, sgd
+from common import Checkpoint, Data, Progress, calibrate, hooked, quantize
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-PAPER = {"model": "resnet18", "stem": "imagenet", "dataset": "cifar10", "batch_size": 256,
-         "lr": 0.01, "epochs": 200, "weight_decay": 5e-4,
-         # Above: FPQ's protocol (we infer the stem). Below, and --augment: ours [choice].
-         "lambda_max": 1.0, "ema": 0.999, "ramp_epochs": 5.0,  # after the mean teacher
-         "fp_epochs": 200, "fp_lr": 0.1, "fp_weight_decay": 5e-4, "pad": 4}
-
-# Who predicts the target from the second view: "student": its own weights (Pi-model, Laine & Aila
-# 2017; no gradient flows there [choice]), "full precision" or the student's "average". None: there
-# is no second view. "label": the student learns the label of both, to show what more images give.
-METHODS = {"baseline": None, "two-view": "label", "pi": "student", "fp-teacher": "full precision",
-           "cr": "average"}
+# FPQ's protocol, which the same authors follow, and our guesses [choice], the first three after the
+# mean teacher. On CIFAR-100 give --stem cifar; see fpq.py.
+PAPER = {"model": "resnet18", "dataset": "cifar10", "batch_size": 256, "lr": 0.01, "epochs": 200,
+         "weight_decay": 5e-4}
+GUESSES = {"lambda_max": 1.0, "ema": 0.999, "ramp_epochs": 5.0, "stem": "imagenet",
+           "fp_epochs": 200, "fp_lr": 0.1, "fp_weight_decay": 5e-4, "pad": 4}
 VIEWS = ["none", "flip", "crop+flip", "crop+flip+noise", "crop+flip+colour"]
 
 
 def parse_args() -> Namespace:
     parser = common.base_parser("CR: consistency regularization with an averaged teacher for "
-                                "quantization-aware training (arXiv 2402.13497)")
+                                "quantization-aware training (arXiv 2402.13497)",
+                                list(METHODS), ["baseline", "cr"])
+    common.qat_flags(parser)
     number = common.number
-    common.add_flags(
-        parser, "method",
-        ("--method", list(METHODS), ["baseline", "cr"], "what to train"),
-        ("--lambda-max", number(float, 0, 1e6), 0.3, "full weight of the consistency term"),
-        ("--ramp-epochs", number(float, 0, 1e6), 2.0, "T: epochs until that weight is full"),
-        ("--temperature", number(float, 0.01, 1e3), 1.0, "of the softmax in the consistency term"),
-        ("--ema", number(float, 0, 1), 0.9, "alpha: share of the average that a step keeps"),
-        ("--views", VIEWS, [], "the student's augmentation, then the second view's; one sets both; "
-                               "by default both have --augment, as the baseline always has"),
-        ("--labels", number(int, 1, 10**9), None, "how many labels to keep (all); an epoch is then "
-                                             "one pass over the labelled images"),
-        ("--controls", bool, False, "train all methods; also evaluate averages of baseline and cr"),
-        ("--ablate", bool, False, "also train cr with each choice of --views, for both views"),
-        ("--diagnose", bool, False, "print effects of noise, weight changes, entropy, trace"))
-    args = common.parse(parser, PAPER)
+    flag = parser.add_argument
+    flag("--lambda-max", type=number(float, 0, 1e6), default=0.3,
+         help="full weight of the consistency term (default: 0.3)")
+    flag("--ramp-epochs", type=number(float, 0, 1e6), default=2.0,
+         help="T: epochs until that weight is full (default: 2)")
+    flag("--temperature", type=number(float, 0.01, 1e3), default=1.0,
+         help="of the softmax in the consistency term (default: 1)")
+    flag("--ema", type=number(float, 0, 1), default=0.9,
+         help="alpha: share of the average that a step keeps (default: 0.9)")
+    flag("--views", choices=VIEWS, nargs="+", default=[], metavar="VIEW",
+         help=f"of student and teacher, one for both or two, from {', '.join(VIEWS)} "
+              "(default: --augment for both)")
+    flag("--labels", type=number(int, 1, 10**9),
+         help="keep so many labels (default: all); an epoch is one pass over those images")
+    flag("--ablate-views", action="store_true", help="also train cr with each view for both")
+    args = common.parse(parser, list(METHODS), PAPER | GUESSES)
     if len(args.views) > 2:
         parser.error(f"--views has {len(args.views)} values: give one for both views, or two")
     if args.labels and args.batch_size < 8:
         parser.error(f"--batch-size {args.batch_size} is too small for --labels; give 8 or more")
-    args.method = list(dict.fromkeys((list(METHODS) if args.controls else []) + args.method))
     return args
 
 
@@ -79,133 +75,189 @@ def parse_args() -> Namespace:
 
 def consistency_loss(student_logits: Tensor, teacher_logits: Tensor,
                      temperature: float = 1.0) -> Tensor:
-    """L_con: the Kullback-Leibler divergence KL(teacher || student) of the predictions, mean over
-    the batch. No gradient goes to the teacher. We chose direction and temperature t [choice].
+    """L_con: how far the student's prediction is from the teacher's, as a mean over the batch.
 
-        t^2 KL(p_T || p_S),  KL = sum_c p_T(c) (log p_T(c) - log p_S(c)),  p = softmax(logits / t)
+        T^2 KL(p_T || p_S),   KL = sum over classes of p_T (log p_T - log p_S)
+        p = softmax(logits / T),   logits: N x classes
 
-    logits: N x classes.
+    No gradient goes to the teacher. Direction and temperature T are ours [choice].
     """
-    student, teacher = ((z / temperature).log_softmax(1) for z in (student_logits, teacher_logits))
-    divergence = F.kl_div(student, teacher.detach(), log_target=True, reduction="batchmean")
+    student = (student_logits / temperature).log_softmax(1)
+    teacher = (teacher_logits / temperature).log_softmax(1).detach()
+    divergence = F.kl_div(student, teacher, log_target=True, reduction="batchmean")
     return temperature**2 * divergence
 
 
 def ramp_up(t: float, T: float) -> float:
     """exp(-5 (1 - min(t / T, 1))^2), t and T in epochs: 0.0067 at t = 0, 1 from t = T on."""
-    return math.exp(-5 * (1 - min(t / T, 1)) ** 2) if T > 0 else 1.0
+    if T == 0:
+        return 1.0
+    return math.exp(-5 * (1 - min(t / T, 1)) ** 2)
 
 
 @torch.no_grad()
 def ema_update(teacher: nn.Module, student: nn.Module, updates: int, alpha: float) -> None:
-    """Exponential moving average, in place, of all parameters, step sizes included (zero points are
-    fixed): theta_T <- a theta_T + (1 - a) theta_S, a = min(1 - 1 / (updates + 1), alpha). `updates`
-    counts the calls before this one; while a < alpha, theta_T is the mean of the students."""
+    """Exponential moving average of all parameters, step sizes included, in place.
+
+        theta_T <- a theta_T + (1 - a) theta_S,   a = min(1 - 1 / (updates + 1), alpha)
+
+    `updates` counts the calls before this one. While a < alpha, theta_T is the mean of all students
+    so far. Zero points and 8-bit step sizes are fixed, so that both networks share them.
+    """
     a = min(1 - 1 / (updates + 1), alpha)
-    get_ema_multi_avg_fn(a)(list(teacher.parameters()), list(student.parameters()), None)
+    average = get_ema_multi_avg_fn(a)
+    average(list(teacher.parameters()), list(student.parameters()), None)
 
 
-def distort(view: Tensor, augment: str) -> Tensor:
-    """Augmentations beyond crop and flip, of normalised N x 3 x 32 x 32 images [choice]: Gaussian
-    noise of standard deviation 0.1; each channel times U[0.6, 1.4] plus U[-0.4, 0.4], by image."""
-    if "noise" in augment:
-        view = view + 0.1 * torch.randn_like(view)
-    if "colour" in augment:
-        gain, shift = torch.empty(2, len(view), 3, 1, 1, device=view.device).uniform_(-0.4, 0.4)
-        view = view * (1 + gain) + shift
-    return view
+def distort(images: Tensor, view: str) -> Tensor:
+    """What a view does beyond crop and flip, to normalised images N x 3 x 32 x 32 [choice].
+
+    noise: Gaussian, of standard deviation 0.1. colour: each channel of an image times U[0.6, 1.4]
+    plus U[-0.4, 0.4].
+    """
+    if "noise" in view:
+        images = images + 0.1 * torch.randn_like(images)
+    if "colour" in view:
+        shape = (2, len(images), 3, 1, 1)
+        gain, shift = torch.empty(shape, device=images.device).uniform_(-0.4, 0.4)
+        images = images * (1 + gain) + shift
+    return images
 
 
-class PartlyLabelled(Data):
-    """Data with some labels -100, which cross-entropy ignores; .labelled: Data of the others."""
+# Each method is a function that returns the loss of a batch. views: two lots of the same images,
+# N x 3 x 32 x 32; labels: N, -100 if unknown, which cross-entropy ignores; ramp: lambda(t) over its
+# maximum. All start from the same network. `network` is the full-precision one.
 
-    def steps(self, batch_size: int) -> int:
-        """An epoch is one pass over the labelled images [choice], a quarter of each batch."""
-        return max(1, len(self.labelled.train_labels) // max(1, batch_size // 4))
 
-    def order(self, batch_size: int, draws: torch.Generator) -> Tensor:
-        """A quarter of each batch is labelled; either kind begins anew when it is used up."""
-        labelled, few = self.train_labels.cpu() >= 0, max(1, batch_size // 4)
-        columns = []
-        for of, share in ((labelled, few), (~labelled, batch_size - few)):
-            of, count = of.nonzero().flatten(), self.steps(batch_size) * share
-            rounds = [of[torch.randperm(len(of), generator=draws)]
-                      for _ in range(math.ceil(count / len(of)))]
-            columns.append(torch.cat(rounds)[:count].reshape(-1, share))
-        return torch.cat(columns, 1).flatten()
+def baseline(student, average, network, views, labels, ramp, args):
+    """QAT with the quantizer and nothing else: one view, and of labelled images only."""
+    known = slice(len(labels) // 4 if args.labels else len(labels))  # they come first in a batch
+    return F.cross_entropy(student(views[0][known]), labels[known])
 
-    def sample(self, count: int) -> tuple[Tensor, Tensor]:  # `sharpness` needs the labels
-        return self.labelled.sample(count)
+
+def two_view(student, average, network, views, labels, ramp, args):
+    """A control: the labels of both views. Batch norm sees one view at a time, as elsewhere."""
+    one = baseline(student, average, network, views, labels, ramp, args)
+    other = baseline(student, average, network, views[1:], labels, ramp, args)
+    return (one + other) / 2
+
+
+def consistent(student: nn.Module, teacher: nn.Module, views: list[Tensor], labels: Tensor,
+               ramp: float, args: Namespace) -> Tensor:
+    """L = CE + lambda(t) L_con, with the prediction of any teacher on the second view."""
+    logits = student(views[0])
+    with torch.no_grad():
+        teacher_logits = teacher(views[1])
+    consistency = consistency_loss(logits, teacher_logits, args.temperature)
+    return F.cross_entropy(logits, labels) + args.lambda_max * ramp * consistency
+
+
+def pi(student, average, network, views, labels, ramp, args):
+    """A control, the Pi-model (Laine & Aila 2017): the student is its own teacher."""
+    return consistent(student, student, views, labels, ramp, args)
+
+
+def fp_teacher(student, average, network, views, labels, ramp, args):
+    """A control: the full-precision network is the teacher, in eval mode."""
+    return consistent(student, network, views, labels, ramp, args)
+
+
+def cr(student, average, network, views, labels, ramp, args):
+    """CR: the moving average of the student is the teacher, and quantizes as well."""
+    return consistent(student, average, views, labels, ramp, args)
+
+
+METHODS = {"baseline": baseline, "two-view": two_view, "pi": pi, "fp-teacher": fp_teacher, "cr": cr}
+
+
+# ------------------------------------------------------------------------- images without a label
 
 
 def hide_labels(data: Data, count: int, seed: int) -> tuple[Data, Data]:
-    """(`count` class-balanced labelled images; all, other labels -100). Bad count: UsageError."""
+    """(`count` class-balanced labelled images; all images, other labels -100).
+
+    Raises UsageError for a bad count.
+    """
     numbers = torch.arange(len(data.train_labels))
     keep = common.split(numbers, data.train_labels.cpu(), count, seed, "--labels")[0]
     keep = keep.to(data.train_labels.device)
     labels = torch.full_like(data.train_labels, -100)
     labels[keep] = data.train_labels[keep]
-    changed = {"fingerprint": f"{data.fingerprint}-{count}", "train_labels": labels}
-    few = {"train_padded": data.train_padded[keep], "train_labels": labels[keep]}
-    partly = PartlyLabelled(**vars(data) | changed)
-    partly.labelled = replace(data, **changed | few)
-    return partly.labelled, partly
+    mark = f"{data.fingerprint}-{count}"
+    labelled = replace(data, fingerprint=mark, train_labels=labels[keep],
+                       train_padded=data.train_padded[keep])
+    return labelled, replace(data, fingerprint=mark, train_labels=labels)
+
+
+def mixed_order(labels: Tensor, batch_size: int, draws: torch.Generator) -> Tensor:
+    """The indices of an epoch in which a quarter of each batch is labelled.
+
+    An epoch is one pass over the labelled images; the others begin anew when used up [choice].
+    """
+    quarter = batch_size // 4
+    known = (labels >= 0).nonzero().flatten()
+    unknown = (labels < 0).nonzero().flatten()
+    known = known[torch.randperm(len(known), generator=draws)]
+    steps = max(1, len(known) // quarter)
+    chosen = torch.randint(len(unknown), (steps, batch_size - quarter), generator=draws)
+    known = known.repeat(quarter)[:steps * quarter].reshape(steps, quarter)
+    return torch.cat([known, unknown[chosen]], 1).flatten()
 
 
 # ----------------------------------------------------------------------------------- the training
 
 
-def train(args: Namespace, data: Data, method: str, seed: int, network: nn.Module,
-          name: str | None = None) -> tuple[nn.Module, list[dict], list[dict]]:
-    """(student, results, history by epoch), from full-precision `network` on. `name`: the run's."""
-    student, by = quantize(network, args.wbits, args.abits, args.quantizer), METHODS[method]
-    calibrate(student, data.sample(100)[0])
-    average = copy.deepcopy(student)
-    teacher = network if by == "full precision" else average
-    optimizer = sgd(student, args.lr, args.weight_decay)
-    run = Run(args, data, name or method, seed, args.epochs, model=student, optimizer=optimizer,
-              average=average)
-    views = args.views if by and args.views else [args.augment]
-    consistent = args.lambda_max > 0 and by not in (None, "label")
-    # A second view is for the teacher, or for labels ("two-view"); others have no use for it.
-    views = [views[0], views[-1]] if consistent or by == "label" else views[:1]
-    alpha = 0 if by == "student" else args.ema  # 0: a copy of the student
+def train(args: Namespace, data: Data, labelled: Data, method: str, seed: int, network: nn.Module,
+          name: str | None = None) -> tuple[nn.Module, list[dict]]:
+    """From the full-precision `network` on: (quantized network, rows of results).
 
-    for epoch in run.epochs():
+    labelled: the images of `data` that have labels. name: of the run, by default the method.
+    """
+    student = quantize(network, args.wbits, args.abits, args.quantizer)
+    calibrate(student, labelled.sample(100)[0])
+    average = copy.deepcopy(student)
+    optimizer = common.sgd(student, args.lr, args.weight_decay)
+    name = name or method
+    checkpoint = Checkpoint(args, labelled, name, seed, args.epochs,
+                            model=student, optimizer=optimizer, average=average)
+    views = args.views or [args.augment]
+    views = [args.augment] if method == "baseline" else [views[0], views[-1]]
+    steps = labelled.steps(args.batch_size // 4 if args.labels else args.batch_size)
+
+    for epoch in range(checkpoint.load(), args.epochs):
+        student.train()
         average.train()  # it normalises by its own batches [choice]
-        for i, (*images, labels) in enumerate(run.batches(tuple(views))):
+        draws = common.epoch_draws("method", seed, epoch)
+        order = mixed_order(data.train_labels.cpu(), args.batch_size, draws) if args.labels else None
+        progress = Progress(f"{name:<9} seed {seed}  epoch {epoch + 1}/{args.epochs}", steps)
+        batches = data.batches(args.batch_size, draws, *views, order=order)
+        for i, (*images, labels) in enumerate(batches):
+            step = epoch * steps + i
+            # Learning rate: a cosine from --lr down to 0
+            common.set_rate(optimizer, args.lr * common.cosine(step, args.epochs * steps))
+            # Two views, and the weight of the consistency term, which grows
             images = [distort(image, view) for image, view in zip(images, views)]
-            if args.labels and not consistent:  # without the term unlabelled images teach nothing
-                few = max(1, len(labels) // 4)  # the labelled ones come first
-                images, labels = [x[:few] for x in images], labels[:few]
-            if by == "label":  # view by view, so that batch norm sees as many images as elsewhere
-                logits, labels = torch.cat([student(x) for x in images]), labels.repeat(2)
-            else:
-                logits = student(images[0])
-            cross_entropy = loss = F.cross_entropy(logits, labels)  # of labelled images
-            if consistent:
-                with torch.no_grad():
-                    teacher_logits = teacher(images[1])
-                consistency = consistency_loss(logits, teacher_logits, args.temperature)
-                term = args.lambda_max * ramp_up(run.time, args.ramp_epochs) * consistency
-                if args.diagnose and "force" not in run.notes:
-                    run.notes["force"] = common.gradient_ratio(term, cross_entropy, student)
-                loss = cross_entropy + term  # L = CE + lambda(t) L_con
-                run.log(consistency=consistency)
-            before = weight_bins(student) if args.diagnose else None
+            ramp = ramp_up(step / steps, args.ramp_epochs)
+            # Forward: the method returns its loss
+            loss = METHODS[method](student, average, network, images, labels, ramp, args)
+            # Backward
             optimizer.zero_grad()
             loss.backward()
+            # Step of the student, then of its average
+            before = weight_bins(student) if args.diagnose else None
             optimizer.step()
-            ema_update(average, student, epoch * data.steps(args.batch_size) + i, alpha)
-            run.log(loss=loss, ce=cross_entropy)
-            if args.diagnose:
-                run.log(moved=(weight_bins(student) != before).float().mean())
+            ema_update(average, student, step, args.ema)
+            changed = share_changed(before, student) if args.diagnose else {}
+            progress.add(loss=loss, **changed)
+        # Evaluation, a printed row, checkpoint
+        notes = {}
         if args.diagnose:
-            run.notes["trace"] = common.sharpness(student, data)
-    results = [run.finish()]
-    if args.controls and by in (None, "average"):
-        results.append(run.finish(average, method=run.method + "-ema"))
-    return student.eval(), results, run.history
+            notes = figures_of_epoch(args, labelled, views, method, student, average, network)
+        common.end_epoch(checkpoint, progress, **notes)
+    rows = [common.finish(checkpoint)]
+    if args.ablate and method in ("baseline", "cr"):  # how good is the average itself?
+        rows.append(common.finish(checkpoint, average, f"{name}-ema"))
+    return student.eval(), rows
 
 
 # --------------------------------------------------------------- the paper's claims as numbers
@@ -218,22 +270,47 @@ def weight_bins(model: nn.Module) -> Tensor:
     return torch.cat(integers[1:-1])
 
 
+def share_changed(before: Tensor, model: nn.Module) -> dict[str, Tensor]:
+    """The share of weights whose integer is not what it was `before` the step: oscillation."""
+    return {"changed": (weight_bins(model) != before).float().mean()}
+
+
+def figures_of_epoch(args: Namespace, data: Data, views: list[str], method: str,
+                     student: nn.Module, average: nn.Module, network: nn.Module) -> dict:
+    """The Hessian trace with its standard error, and the gradient ratio of the added term.
+
+    The ratio is |gradient of the term| / |gradient of the cross-entropy| at the full weight.
+    """
+    student = copy.deepcopy(student)
+    average = copy.deepcopy(average)
+    *images, labels = next(data.batches(256, torch.Generator().manual_seed(0), *views))
+    loss = METHODS[method](student, average, network, images, labels, 1.0, args)
+    off = METHODS[method](student, average, network, images, labels, 0.0, args)
+    return {"ratio": common.gradient_ratio(loss, off, student),
+            "trace": common.sharpness(student, data)}
+
+
 @torch.no_grad()
 def weight_entropy(model: nn.Module) -> float:
-    """Entropy, in bits, of the integers that a layer's weights use, as a mean over all layers but
-    first and last. It is at most the number of bits of a weight."""
+    """Entropy, in bits, of the integers that a layer's weights use; a mean over layers.
+
+    First and last layer do not count. It is at most the number of bits of a weight.
+    """
     entropies = []
     for weight, _, _ in list(common.export_int(model).values())[1:-1]:
-        share = weight.unique(return_counts=True)[1] / weight.numel()
+        _, counts = weight.unique(return_counts=True)
+        share = counts / weight.numel()
         entropies.append(-(share * share.log2()).sum())
     return torch.stack(entropies).mean().item()
 
 
 @torch.no_grad()
 def sensitivity(model: nn.Module, data: Data, place: str, sigma: float) -> tuple[float, float]:
-    """(accuracy in %, mean KL(clean || noisy) in nats) on up to 2,000 test images. Gaussian noise
-    of standard deviation sigma goes on the normalised images (place "input") or on all quantized
-    weights ("weight"), there relative to the standard deviation of the layer's weights."""
+    """(accuracy in %, mean KL(clean || noisy) in nats) on up to 2,000 test images under noise.
+
+    The noise is Gaussian, of standard deviation sigma. place: "input", on the normalised images, or
+    "weight", on the quantized weights, where it is relative to the layer's standard deviation.
+    """
     def on_input(module, inputs):
         return inputs[0] + sigma * torch.randn_like(inputs[0])
 
@@ -241,12 +318,16 @@ def sensitivity(model: nn.Module, data: Data, place: str, sigma: float) -> tuple
         return x_hat + sigma * x_hat.std() * torch.randn_like(x_hat)
 
     every = 1 + (len(data.test_labels) - 1) // 2000  # spread, as images may be sorted by class
-    images, labels = data.normalize(data.test_images[::every]), data.test_labels[::every]
+    images = data.normalize(data.test_images[::every])
+    labels = data.test_labels[::every]
     torch.manual_seed(0)
     clean = model(images)
-    quantizers = [layer.weight_quantizer for layer in common.weight_layers(model).values()]
-    with (hooked([model], before=on_input) if place == "input"
-          else hooked(quantizers, after=on_weight)):
+    if place == "input":
+        noise = hooked([model], before=on_input)
+    else:
+        quantizers = [layer.weight_quantizer for layer in common.weight_layers(model).values()]
+        noise = hooked(quantizers, after=on_weight)
+    with noise:
         noisy = model(images)
     right = (noisy.argmax(1) == labels).float().mean()
     return 100 * right.item(), consistency_loss(noisy, clean).item()
@@ -254,42 +335,49 @@ def sensitivity(model: nn.Module, data: Data, place: str, sigma: float) -> tuple
 
 def diagnose(data: Data, trained: dict[str, tuple]) -> None:
     """Print what the paper claims or draws, for the networks of the last seed."""
-    models = [model for model, *_ in trained.values()]
+    models = [model for model, _ in trained.values()]
+    histories = [rows[0]["history"] for _, rows in trained.values()]
     for place in ("input", "weight"):
-        print(f"\naccuracy % | KL(clean || noisy prediction), with Gaussian noise on each {place}")
-        print_row("sigma", *trained)
+        print(f"\nGaussian noise on each {place}: accuracy %, KL(clean || noisy prediction)")
+        common.print_row("sigma", *trained)
         for sigma in (0.0, 0.1, 0.2, 0.4):
-            cells = (sensitivity(model, data, place, sigma) for model in models)
-            print_row(sigma, *(f"{acc:.2f} | {kl:.4f}" for acc, kl in cells))
+            cells = [sensitivity(model, data, place, sigma) for model in models]
+            common.print_row(sigma, *[f"{acc:.2f} {kl:.3f}" for acc, kl in cells])
     print("\nentropy of the quantized weights, bits")
-    print_row("", *(f"{weight_entropy(model):.4f}" for model in models))
-    print("\nby epoch: % of weights that change their integer in a step | Hessian trace; in its"
-          "\nfirst step |gradient of the consistency term| / |gradient of the cross-entropy|")
-    print_row("epoch", *trained)
-    for row in zip(*(history for *_, history in trained.values())):
-        print_row(row[0]["epoch"], *(
-            f"{100 * h['moved']:.3f} | {h['trace'][0]:.0f}; {h.get('force', 0):.2f}"
-            if "trace" in h else "not recorded" for h in row))  # trained without --diagnose
+    common.print_row("", *trained)
+    common.print_row("", *[f"{weight_entropy(model):.3f}" for model in models])
+    print("\n% of weights that change their integer in a step, mean of the epoch")
+    common.print_by_epoch(trained, histories, "changed", lambda changed: f"{100 * changed:.3f}")
+    print("\nHessian trace ± its standard error, after each epoch")
+    common.print_by_epoch(trained, histories, "trace", lambda trace: "{:.0f} ± {:.0f}".format(*trace))
+    print("\n|gradient of the consistency term| / |gradient of the cross-entropy|, full weight")
+    common.print_by_epoch(trained, histories, "ratio", lambda ratio: f"{ratio:.3f}")
 
 
 def main() -> None:
-    results, trained = [], {}
-    for args, seed, data in common.per_seed(parse_args()):
+    args = parse_args()
+    runs = len(args.method) + args.ablate_views * len(VIEWS)
+    args.epochs_left = len(args.seed) * (args.fp_epochs + runs * args.epochs)
+    source = common.read_images(args)
+    rows = []
+    for seed in args.seed:
+        data = common.make_data(args, source, seed)
         labelled = data
         if args.labels:
             count = min(args.labels, 32) if args.dry_run else args.labels
-            labelled, data = hide_labels(data, count, args.fp_seed)
-        network, result = full_precision(args, labelled)
-        results.append(result)
+            labelled, data = hide_labels(data, count, seed)
+        network, row = common.full_precision(args, labelled, seed)
+        rows.append(row)
+        trained = {}
         for method in args.method:
-            trained[method] = train(args, data, method, seed, network)
-            results += trained[method][1]
-        for view in VIEWS if args.ablate else []:
+            trained[method] = train(args, data, labelled, method, seed, network)
+            rows += trained[method][1]
+        for view in VIEWS if args.ablate_views else []:
             both = Namespace(**vars(args) | {"views": [view]})
-            results += train(both, data, "cr", seed, network, f"cr-{view}")[1]
-    print(common.result_table(results))
+            rows += train(both, data, labelled, "cr", seed, network, f"cr-{view}")[1]
+    common.print_table(rows)
     if args.diagnose:
-        diagnose(data, trained)
+        diagnose(labelled, trained)
 
 
 if __name__ == "__main__":

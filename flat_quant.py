@@ -1,80 +1,82 @@
-"""DNQ: a flat network before it is quantized. Xia, Pang, Cai, "Efficiently Training A Flat Neural
+"""DNQ, differential noise-driven quantization. Xia, Pang, Cai, "Efficiently Training A Flat Neural
 Network Before It has been Quantizated", arXiv 2511.01462.
 
-The idea. Post-training quantization (PTQ) moves a finished network by its rounding errors. They do
-little harm where the loss is flat, so one trains for flatness in full precision. Differential
-Noise-driven Quantization (DNQ) measures the errors that weights and activations will have at the
-bits aimed for, and models both as independent Gaussian noise. It trains under fresh noise of that
-size times lambda: on the weights, where it is removed before the next step, and on a random share
-of the activations. Stochastic weight averaging (SWA) averages the weights of the last epochs. Then
-the network is quantized, by quantizers like those that measured the errors.
+The idea. Post-training quantization (PTQ) moves a finished network by its rounding errors. Where
+the loss is flat they do little harm, so DNQ trains for flatness in full precision. It measures the
+errors that weights and activations will have at the bits aimed for, and models both as independent
+Gaussian noise. It trains under fresh noise of that size: on the weights, where it is removed after
+the step, and on a random share of the activations. Stochastic weight averaging (SWA) then averages
+the weights of the last epochs, and the network is quantized without further training.
 
-Only the abstract of this paper was at hand. The rest follows summaries, and later code and drafts
-of the same authors ("authors"); our own decisions are marked [choice].
+Of this paper we had only the abstract. The rest follows summaries, and later code and drafts of the
+same authors ("authors"); our own decisions are marked [choice].
 
-    symbol                                                                            from
-    dW, dx                 quantization_error(t, quantizer)                           authors
-    W dx, dW x, the rest   error_decomposition(layer, x): AQE, WQE, cross             authors
-    n_t                    DifferentialWeightNoise.injected                           authors
-    x + M n                ActivationNoise, M ~ Bernoulli(P), P by --rho and --mask   authors
-    r g / |g|              common.SAM.ascended, r by --sam-rho                        Foret 2021
-    lambda, its ramp       --noise-lambda, --ramp-epochs                              authors
+    symbol                  here                                              from
+    dW, dx                  quantization_error(t, quantizer)                  authors
+    W dx, dW x, dW dx       error_decomposition(layer, x): AQE, WQE, cross    authors
+    n_t                     DifferentialWeightNoise.add, .remove              authors
+    x + M n                 ActivationNoise; M ~ Bernoulli(P), --rho, --mask  authors
+    lambda and its ramp     --noise-lambda, --ramp-epochs                     authors
+    w + r g / |g|           common.sam_loss, r is --sam-rho                   Foret 2021
 
-    python flat_quant.py --bits 4                      plain and flat network, before and after PTQ
-    python flat_quant.py --bits 4 --study --measure    every noise, SAM, controls; the errors
+    python flat_quant.py --bits 4                       plain and flat network, before and after PTQ
+    python flat_quant.py --bits 4 --ablate --diagnose   every noise, SAM, controls; the errors
 """
 
 import copy
 from argparse import Namespace
-from contextlib import nullcontext
 
-import common
+import common  # before torch, for which it sets the threads
 import torch
 import torch.nn.functional as F
-from common import SAM, Data, Quantizer, Run, hooked, print_row, shifted, weight_layers
+from common import Checkpoint, Data, Progress, Quantizer, hooked, layer_bits, weight_layers
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-PAPER = {"model": "resnet18", "dataset": "cifar100", "wbits": 2, "abits": 4, "batch_size": 256,
-         "fp_lr": 0.015, "fp_weight_decay": 5e-4, "fp_epochs": 120, "ramp_epochs": 20.0, "pad": 4,
+# The authors' later code, and our guesses [choice].
+PAPER = {"model": "resnet18", "dataset": "cifar100", "batch_size": 256, "fp_lr": 0.015,
+         "fp_weight_decay": 5e-4, "fp_epochs": 120, "ramp_epochs": 20.0, "pad": 4,
          "label_smoothing": 0.1, "swa_rate": 0.01, "noise_lambda": 1.0}
-# These are the authors' values. Warm-up, cosine to the held rate and the defaults below: [choice].
+GUESSES = {"stem": "cifar"}
 
-WEIGHT_NOISES = ["weight", "additive", "isotropic", "wrong-bits"]
-METHODS = ["sgd", *WEIGHT_NOISES, "activation", "weight+activation", "sam"]
-PTQ_BITS = [(8, 8), (4, 4), (3, 4), (2, 4), (2, 2)]
-PROBES, ITERATIONS = 8, 15  # vectors for the Hessian's trace; steps for its top eigenvalue
-FLATNESS = "trace", "trace_error", "top_eigenvalue"  # keys in results; trace_error: standard error
+MORE_BITS = [(8, 8), (4, 4), (3, 4), (2, 4), (2, 2)]
+PROBES = 8  # random vectors for the Hessian's trace
+ITERATIONS = 15  # steps of power iteration for its top eigenvalue
 
 
 def parse_args() -> Namespace:
-    parser = common.base_parser("DNQ: train a flat network, then quantize it. --epochs, --lr and "
-                                "--weight-decay have no effect here; --fp-seed draws subsets.")
+    parser = common.base_parser("DNQ: train a flat network in full precision, then quantize it "
+                                "(arXiv 2511.01462). Each method also gives its average, +swa.",
+                                list(METHODS), ["sgd", "weight+activation"])
     number = common.number
-    common.add_flags(
-        parser, "method",
-        ("--method", METHODS, ["sgd", "weight+activation"], "what to train, each also with SWA"),
-        ("--noise-lambda", number(float, 0, 1e3), 2.0, "noise relative to the measured error"),
-        ("--ramp-epochs", number(float, 0, 1e6), 5.0, "epochs in which noise grows to full size"),
-        ("--rho", number(float, 0, 1), 0.5, "share of the activations that get noise"),
-        ("--mask", ["uniform", "salience"], "uniform", "noise anywhere, or more in large channels"),
-        ("--label-smoothing", number(float, 0, 1), 0.0, "share of a label spread over all classes"),
-        ("--swa-rate", number(float, 0, 1), 0.0, "while SWA averages, the learning rate stays at "
-                                                 "this share of its peak; 0: a cosine to the end"),
-        ("--sam-rho", number(float, 0, 1e3), 0.2, "length of sam's step up the loss"),
-        ("--noise-bits", number(int, 2, 8), 8, "bits whose error the control wrong-bits imitates"),
-        ("--study", bool, False, "train all methods"),
-        ("--measure", bool, False, "print the first method's errors by layer; are they Gaussian?"))
-    args = common.parse(parser, PAPER)
-    args.method = METHODS if args.study else list(dict.fromkeys(args.method))
-    return args
+    flag = parser.add_argument
+    flag("--noise-lambda", type=number(float, 0, 1e3), default=2.0,
+         help="noise relative to the measured error (default: 2)")
+    flag("--ramp-epochs", type=number(float, 0, 1e6), default=5.0,
+         help="epochs in which the noise grows to that size (default: 5)")
+    flag("--rho", type=number(float, 0, 1), default=0.5,
+         help="share of the activations that get noise (default: 0.5)")
+    flag("--mask", choices=["uniform", "salience"], default="uniform",
+         help="noise on any activation (default), or more in channels of large activations")
+    flag("--noise-bits", type=number(int, 2, 8), default=8,
+         help="bits whose error the control wrong-bits imitates (default: 8)")
+    flag("--label-smoothing", type=number(float, 0, 1), default=0.0,
+         help="share of a label that is spread over all classes (default: 0)")
+    flag("--swa-rate", type=number(float, 0, 1), default=0.0,
+         help="hold the learning rate at this share of its peak while SWA averages "
+              "(default: 0, a cosine to the end)")
+    flag("--sam-rho", type=number(float, 0, 1e3), default=0.2,
+         help="radius of sharpness-aware minimisation, sam (default: 0.2)")
+    flag("--more-bits", action="store_true",
+         help="quantize to W8A8, W4A4, W3A4, W2A4 and W2A2 as well")
+    return common.parse(parser, list(METHODS), PAPER | GUESSES)
 
 
 # ---------------------------------------------------------------------------- measuring the errors
 
 
 def quantization_error(t: Tensor, quantizer: Quantizer) -> Tensor:
-    """t_hat - t, shaped like t (if per channel, of dim 0). It first sets the quantizer from t."""
+    """dW or dx: t_hat - t, shaped like t. It first sets the quantizer from t."""
     quantizer = quantizer.to(t.device)
     quantizer.initialize(t)
     return quantizer(t) - t
@@ -82,21 +84,26 @@ def quantization_error(t: Tensor, quantizer: Quantizer) -> Tensor:
 
 @torch.no_grad()
 def error_decomposition(layer: nn.Module, x: Tensor) -> dict[str, float]:
-    """Activation and weight quantization error (AQE, WQE) in the output of a calibrated quantized
-    layer, over ||W x||^2, for a batch x of its inputs; dW = W_hat - W and dx = x_hat - x:
+    """Activation and weight quantization error, AQE and WQE, in a quantized layer's output.
 
-        W_hat x_hat - W x = W dx + dW x + dW dx
-        total = ||W_hat x_hat - W x||^2 = AQE + WQE + cross,   AQE = ||W dx||^2,   WQE = ||dW x||^2
-        cross = ||dW dx||^2 + 2 (<W dx, dW x> + <W dx, dW dx> + <dW x, dW dx>)
+        W_hat x_hat - W x = W dx + dW x + dW dx,   dW = W_hat - W,   dx = x_hat - x
+        AQE = ||W dx||^2,   WQE = ||dW x||^2
+        total = ||W_hat x_hat - W x||^2 = AQE + WQE + cross
+
+    All are over ||W x||^2. x: a batch of the layer's inputs. The layer is calibrated.
     """
-    w, w_hat, x_hat = layer.weight, layer.weight_quantizer(layer.weight), layer.input_quantizer(x)
-    product = layer.product
-    a, b, c = product(x_hat - x, w), product(x, w_hat - w), product(x_hat - x, w_hat - w)
-    clean = product(x, w)
-    parts = {"AQE": a.square().sum(), "WQE": b.square().sum(),
-             "cross": c.square().sum() + 2 * ((a * b).sum() + (a * c).sum() + (b * c).sum()),
-             "total": (product(x_hat, w_hat) - clean).square().sum()}
-    return {name: (value / clean.square().sum()).item() for name, value in parts.items()}
+    w = layer.weight
+    dw = layer.weight_quantizer(w) - w
+    dx = layer.input_quantizer(x) - x
+    from_x = layer.product(dx, w)
+    from_w = layer.product(x, dw)
+    from_both = layer.product(dx, dw)
+    scale = layer.product(x, w).square().sum()
+    aqe = from_x.square().sum() / scale
+    wqe = from_w.square().sum() / scale
+    total = (from_x + from_w + from_both).square().sum() / scale
+    return {"AQE": aqe.item(), "WQE": wqe.item(), "cross": (total - aqe - wqe).item(),
+            "total": total.item()}
 
 
 def excess_kurtosis(t: Tensor) -> float:
@@ -106,254 +113,342 @@ def excess_kurtosis(t: Tensor) -> float:
 
 
 @torch.no_grad()
-def layer_inputs(model: nn.Module, images: Tensor) -> list[Tensor]:
-    """The input of each layer for `images`, in order of definition, in the mode the model is in."""
+def layer_inputs(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
+    """{layer: its input} for `images`, in the mode that the model is in."""
+    layers = weight_layers(model)
+    names = {layer: name for name, layer in layers.items()}
     inputs = {}
-    with hooked(weight_layers(model).values(),
-                before=lambda layer, args: inputs.update({layer: args[0]})):
+
+    def keep(layer, arguments):
+        inputs[names[layer]] = arguments[0]
+
+    with hooked(layers.values(), before=keep):
         model(images)
-    return [inputs[layer] for layer in weight_layers(model).values()]
-
-
-def layer_bits(model: nn.Module, bits: int) -> list[int]:
-    """`bits` for every layer but the first and the last, which have 8."""
-    return [8, *[bits] * (len(weight_layers(model)) - 2), 8]
-
-
-@torch.no_grad()
-def measure(args: Namespace, data: Data, network: nn.Module) -> None:
-    """Print the decomposition per layer, and how far the errors are from independent Gaussians."""
-    images, quantized = data.sample(100)[0], ptq(args, data, network, args.wbits, args.abits)
-    print(f"\n{args.method[0]}, last seed: errors at W{args.wbits}A{args.abits} over ||W x||^2, "
-          "and their shape (Gaussian: excess kurtosis 0; independent: correlation 0)")
-    print_row("AQE", "WQE", "cross", "total", "kurtosis dW", "kurtosis dx", "corr(dW, W)", "layer")
-    for (name, layer), x in zip(weight_layers(quantized).items(), layer_inputs(network, images)):
-        w, dw = layer.weight, layer.weight_quantizer(layer.weight) - layer.weight
-        shape = (excess_kurtosis(dw), excess_kurtosis(layer.input_quantizer(x) - x),
-                 torch.corrcoef(torch.stack([w.flatten(), dw.flatten()]))[0, 1].item())
-        print_row(*(f"{v:.4f}" for v in (*error_decomposition(layer, x).values(), *shape)), name)
+    return inputs
 
 
 # ------------------------------------------------------------------------------------- the noises
 
 
 class DifferentialWeightNoise:
-    """Gaussian noise like the weights' quantization error, mean and variance per output channel.
-    Step t adds n_t to the weights, takes gradient and step there, and then removes n_t:
+    """Gaussian noise like the weights' quantization error, by output channel.
+
+    In step t the weights are w + n_t while gradient and step are taken; then n_t is removed.
 
         w <- w - lr dL/dw(w + n_t),   n_t = lambda (mu + sigma e),   e ~ N(0, 1)
 
-    For the noisy W = w + n_t that is W <- W - lr dL/dW + n_(t+1) - n_t, hence "differential", or
-    Anti-PGD (anticorrelated perturbed gradient descent, Orvieto et al. 2022). mu and sigma are
-    measured at the start of each epoch [choice; the authors average over epochs, 0.9 of the old].
-    `isotropic` gives all weights zero-mean noise of one variance, and the same sum of squares.
+    In terms of the noisy W = w + n_t that is W <- W - lr dL/dW + n_(t+1) - n_t, hence
+    "differential", or Anti-PGD (Orvieto et al. 2022). mu and sigma are the error's mean and
+    standard deviation at the start of each epoch [choice; the authors average over epochs].
     """
 
-    def __init__(self, model: nn.Module, bits: int, isotropic: bool = False):
-        self.weights = [layer.weight for layer in weight_layers(model).values()]
-        self.bits, self.isotropic = layer_bits(model, bits), isotropic
+    def __init__(self, model: nn.Module, bits: int):
+        bits_of = layer_bits(model, bits)
+        # Each weight once, also if two layers share it.
+        self.bits = {layer.weight: bits_of[name] for name, layer in weight_layers(model).items()}
+        self.statistics = {}
+        self.noise = {}
 
     @torch.no_grad()
     def measure(self) -> None:
-        """Set .mean and .std, for each layer by output channel, broadcastable."""
-        errors = [quantization_error(w, Quantizer(bits, channels=len(w))).flatten(1)
-                  for w, bits in zip(self.weights, self.bits)]
-        shapes = [[-1] + [1] * (w.dim() - 1) for w in self.weights]
-        self.mean = [e.mean(1).reshape(shape) for e, shape in zip(errors, shapes)]
-        self.std = [e.std(1, correction=0).reshape(shape) for e, shape in zip(errors, shapes)]
-        if self.isotropic:  # the root of the mean square, so the sum of squares stays
-            std = (sum(e.square().sum() for e in errors) / sum(e.numel() for e in errors)).sqrt()
-            self.mean = [torch.zeros_like(m) for m in self.mean]
-            self.std = [std.expand_as(s) for s in self.std]
+        """Set .statistics, {weight: (mean, standard deviation)} that broadcast against it."""
+        for w, bits in self.bits.items():
+            error = quantization_error(w, Quantizer(bits, channels=len(w)))
+            within = tuple(range(1, w.dim()))
+            self.statistics[w] = (error.mean(within, keepdim=True),
+                                  error.std(within, correction=0, keepdim=True))
 
-    def injected(self, strength: float):
-        """A context with weights w + n, n fresh. Its end removes n; a step taken within stays."""
-        noises = [torch.randn_like(w).mul_(std).add_(mean).mul_(strength)
-                  for w, mean, std in zip(self.weights, self.mean, self.std)]
-        return shifted(self.weights, noises)
+    @torch.no_grad()
+    def add(self, strength: float) -> None:
+        """w <- w + n_t, with fresh noise; strength is lambda."""
+        for w, (mean, std) in self.statistics.items():
+            self.noise[w] = strength * (mean + std * torch.randn_like(w))
+            w.add_(self.noise[w])
+
+    def before_step(self) -> None:
+        """Differential noise stays on the weights during the step."""
+
+    @torch.no_grad()
+    def remove(self) -> None:
+        """w <- w - n_t, if it is still there."""
+        for w, noise in self.noise.items():
+            w.sub_(noise)
+        self.noise = {}
+
+
+class AdditiveWeightNoise(DifferentialWeightNoise):
+    """Noise that is removed before the step, so that weight decay shrinks w, not w + n_t [choice].
+
+    Without weight decay it is the same as differential noise.
+    """
+
+    def before_step(self) -> None:
+        self.remove()
+
+
+class IsotropicWeightNoise(DifferentialWeightNoise):
+    """A control: mean 0 and one variance for all weights, with the same expected sum of squares."""
+
+    @torch.no_grad()
+    def measure(self) -> None:
+        super().measure()
+        squares = 0
+        for w, (mean, std) in self.statistics.items():
+            squares = squares + ((mean**2 + std**2) * torch.ones_like(w)).sum()
+        std = (squares / sum(w.numel() for w in self.statistics)).sqrt()
+        self.statistics = {w: (torch.zeros_like(std), std) for w in self.statistics}
 
 
 class ActivationNoise:
-    """Gaussian noise like the activations' quantization error, by layer input, on a random share of
-    the elements (all of them would be too much):
+    """Gaussian noise like the activations' quantization error, on a random share of each input.
 
-        x <- x + M lambda (mu + sigma e),   M ~ Bernoulli(P), P = `chance`,   e ~ N(0, 1)
+        x <- x + M lambda (mu + sigma e),   M ~ Bernoulli(P),   e ~ N(0, 1)
 
-    At the input of every layer [choice; the authors: at the outputs of ReLUs], within `injected`;
-    not at the products of attention, which have no weights.
+    On all elements it would be too much. It is at the input of every layer [choice; the authors:
+    at the outputs of ReLUs], not at attention's products, which have no weights.
     """
 
     def __init__(self, model: nn.Module, bits: int, rho: float, quantizer: str = "lsq",
                  mask: str = "uniform"):
-        self.model, self.rho, self.mask, self.bits = model, rho, mask, layer_bits(model, bits)
+        self.model = model
+        self.rho = rho
+        self.mask = mask
+        self.bits = layer_bits(model, bits)
         self.quantizer = common.QUANTIZERS[quantizer]
+        self.statistics = {}
 
     @torch.no_grad()
     def measure(self, images: Tensor) -> None:
-        """Set .statistics, {layer: (mean, std)}, from `images`, at the start of an epoch. Batch
-        norm takes these images' statistics, as its running ones are of the noisy network."""
+        """Set .statistics, {layer: (mean, standard deviation)}, at the start of an epoch.
+
+        Batch norm takes these images' statistics, as its running ones are of the noisy network.
+        """
+        layers = weight_layers(self.model)
         inputs = layer_inputs(copy.deepcopy(self.model).train(), images)
-        errors = [quantization_error(x, self.quantizer(bits)) for x, bits in zip(inputs, self.bits)]
-        self.statistics = {layer: (e.mean(), e.std(correction=0)) for layer, e in zip(
-            weight_layers(self.model).values(), errors)}
+        for name, x in inputs.items():
+            error = quantization_error(x, self.quantizer(self.bits[name]))
+            self.statistics[layers[name]] = (error.mean(), error.std(correction=0))
 
     def chance(self, x: Tensor) -> Tensor | float:
-        """P, the chance that an element of x has noise: rho or, with "salience", by channel
+        """P, the chance that an element of x gets noise: rho or, with "salience", by channel
 
             P = clip(softmax(I) C rho, 0, 1),   I = mean of |x| over space or tokens, C channels
 
-        for each image. The authors also divide I by a temperature, which they set to 1."""
+        for each image. The authors also divide I by a temperature, which they set to 1.
+        """
         if self.mask == "uniform":
             return self.rho
-        channel, over = {4: (1, (2, 3)), 3: (2, 1), 2: (1, None)}[x.dim()]
-        salience = x.abs().mean(over, keepdim=True) if over else x.abs()
+        channel = 1 if x.dim() == 4 else -1
+        others = {4: (2, 3), 3: (1,), 2: ()}[x.dim()]
+        salience = x.abs().mean(others, keepdim=True) if others else x.abs()
         return (salience.softmax(channel) * x.shape[channel] * self.rho).clamp_max(1)
 
     def perturb(self, x: Tensor, mean: Tensor, std: Tensor, strength: float) -> Tensor:
         noise = torch.empty_like(x)
-        # Drawing in memory order is eight times as fast on the CPU for channels_last images.
-        (noise if noise.is_contiguous() else noise.movedim(1, -1)).normal_()
-        noise.mul_(std).add_(mean).mul_(torch.rand_like(x) < self.chance(x))
-        return x + noise.mul_(strength)
+        # Drawn in memory order: eight times as fast on the CPU for channels_last images.
+        in_order = noise if noise.is_contiguous() else noise.movedim(1, -1)
+        in_order.normal_()
+        chosen = torch.rand_like(x) < self.chance(x)
+        return x + noise.mul_(std).add_(mean).mul_(chosen).mul_(strength)
 
     def injected(self, strength: float):
-        """A context in which every layer's input is perturbed."""
+        """A context in which every layer's input is perturbed; strength is lambda."""
         def before(layer, inputs):
-            return self.perturb(inputs[0], *self.statistics[layer], strength)
+            mean, std = self.statistics[layer]
+            return self.perturb(inputs[0], mean, std, strength)
 
         return hooked(self.statistics, before=before)
+
+
+# Each method is a function that returns the loss of a batch, and a noise on the weights or on the
+# activations, or both.
+
+
+def plain(model: nn.Module, images: Tensor, labels: Tensor, args: Namespace) -> Tensor:
+    return F.cross_entropy(model(images), labels, label_smoothing=args.label_smoothing)
+
+
+def sam(model: nn.Module, images: Tensor, labels: Tensor, args: Namespace) -> Tensor:
+    """A rival, sharpness-aware minimisation, at twice the cost."""
+    return common.sam_loss(model, images, labels, args.sam_rho, args.label_smoothing)
+
+
+METHODS = {"sgd": plain, "weight": plain, "additive": plain, "isotropic": plain,
+           "wrong-bits": plain, "activation": plain, "weight+activation": plain, "sam": sam}
+WEIGHT_NOISES = {"weight": DifferentialWeightNoise, "weight+activation": DifferentialWeightNoise,
+                 "additive": AdditiveWeightNoise, "isotropic": IsotropicWeightNoise,
+                 "wrong-bits": DifferentialWeightNoise}
 
 
 # ----------------------------------------------------------------------------------- the training
 
 
+def learning_rate(args: Namespace, step: int, total: int) -> float:
+    """The learning rate over its peak: a cosine or, with --swa-rate, held in the last half."""
+    if not args.swa_rate:
+        return common.cosine(step, total, warmup=0.1)
+    half = total // 2  # where the cosine ends and averaging begins
+    cosine = common.cosine(step, half, warmup=0.1) if step < half else 0
+    return max(cosine, args.swa_rate)
+
+
 def train(args: Namespace, data: Data, method: str, seed: int) -> dict[str, tuple]:
-    """One training run from scratch: {method: (network, result), method+swa: ...}. One run gives
-    both, as averaging does not touch training; --swa-rate changes the learning rate, and so both.
+    """One run from an untrained network on: {method: (network, row), method+swa: (average, row)}.
 
-    "weight" is differential: n_t leaves after the step. "additive" removes it before [choice], so
-    that weight decay shrinks w, not w + n_t; without weight decay the two are the same. A zero-mean
-    pair, w + n_t and w - n_t in one step, is not built. Controls: "isotropic" has noise of another
-    shape, "wrong-bits" noise of 8 bits, so hardly any."""
-    parts, on_weights, on_activations = method.split("+"), None, None
-    torch.manual_seed(common.random_stream("weights", seed))
-    model = common.build_model(args.model, data.classes, args.depth, args.stem)
-    model = model.to(args.device, memory_format=torch.channels_last)
-    optimizer = common.fp_optimizer(args, model)
-    average, sam = AveragedModel(model), SAM(model, args.sam_rho)
-    if set(parts) & set(WEIGHT_NOISES) and args.noise_lambda:
-        bits = args.noise_bits if "wrong-bits" in parts else args.wbits
-        on_weights = DifferentialWeightNoise(model, bits, "isotropic" in parts)
-    if "activation" in parts and args.noise_lambda:
-        on_activations = ActivationNoise(model, args.abits, args.rho, args.quantizer,
-                                         args.mask)
-    run = Run(args, data, method, seed, args.fp_epochs, warmup=0.1, model=model,
-              optimizer=optimizer, average=average)
-    half, steps = args.fp_epochs // 2, data.steps(args.batch_size)
+    One run gives both, as averaging does not touch training.
+    """
+    model, optimizer = common.new_network(args, data, seed, args.device)
+    average = AveragedModel(model)
+    bits = args.noise_bits if method == "wrong-bits" else args.wbits
+    weight_noise = WEIGHT_NOISES.get(method, DifferentialWeightNoise)(model, bits)
+    activation_noise = ActivationNoise(model, args.abits, args.rho, args.quantizer, args.mask)
+    checkpoint = Checkpoint(args, data, method, seed, args.fp_epochs,
+                            model=model, optimizer=optimizer, average=average)
+    steps = data.steps(args.batch_size)
+    total = args.fp_epochs * steps
 
-    def backward(images, labels):
-        loss = F.cross_entropy(model(images), labels, label_smoothing=args.label_smoothing)
-        optimizer.zero_grad()
-        loss.backward()
-        return loss
-
-    for epoch in run.epochs():
-        if on_weights:
-            on_weights.measure()
-        if on_activations:
-            on_activations.measure(data.sample(100)[0])
-        for images, labels in run.batches():
-            if args.swa_rate:  # the cosine then ends where averaging begins
-                at, end = run.time * steps, half * steps
-                rate = common.cosine_lr(at, end, run.peak, warmup=0.1) if at < end else 0
-                for group in optimizer.param_groups:
-                    group["lr"] = max(rate, args.swa_rate * run.peak)
-            ramp = min(1, run.time / args.ramp_epochs) if args.ramp_epochs else 1
+    for epoch in range(checkpoint.load(), args.fp_epochs):
+        model.train()
+        draws = common.epoch_draws("method", seed, epoch)
+        # The errors of the current weights; a noise that is not measured adds nothing
+        if method in WEIGHT_NOISES:
+            weight_noise.measure()
+        if "activation" in method:
+            activation_noise.measure(data.sample(100)[0])
+        progress = Progress(f"{method:<17} seed {seed}  epoch {epoch + 1}/{args.fp_epochs}", steps)
+        for i, (images, labels) in enumerate(data.batches(args.batch_size, draws, args.augment)):
+            step = epoch * steps + i
+            # Learning rate, and strength of the noise: lambda, after a linear ramp
+            rate = optimizer.defaults["lr"] * learning_rate(args, step, total)
+            common.set_rate(optimizer, rate)
+            ramp = min(1, step / steps / args.ramp_epochs) if args.ramp_epochs else 1
             strength = args.noise_lambda * ramp
-            with (on_weights.injected(strength) if on_weights else nullcontext(),
-                  on_activations.injected(strength) if on_activations else nullcontext()):
-                loss = backward(images, labels)
-                if "sam" in parts:
-                    with sam.ascended():
-                        backward(images, labels)
-                if "additive" not in parts:
-                    optimizer.step()
-            if "additive" in parts:
-                optimizer.step()
-            run.log(loss=loss)
-        if epoch >= half:
+            # Noise added: the weights become w + n_t
+            weight_noise.add(strength)
+            # Gradient at w + n_t, with noise on the activations
+            with activation_noise.injected(strength):
+                loss = METHODS[method](model, images, labels, args)
+            optimizer.zero_grad()
+            loss.backward()
+            # Step: only additive noise is removed before it
+            weight_noise.before_step()
+            optimizer.step()
+            # Noise removed: the weights are w again
+            weight_noise.remove()
+            progress.add(loss=loss)
+        # SWA over the last half; evaluation, a printed row, checkpoint
+        if epoch >= args.fp_epochs // 2:
             average.update_parameters(model)
+        common.end_epoch(checkpoint, progress)
     full = {"wbits": 32, "abits": 32, "quantizer": None}
-    return {method: (model.eval(), run.finish(**full)),
-            f"{method}+swa": (average.module.eval(), run.finish(
-                average.module, method=f"{method}+swa", **full))}
+    row = common.finish(checkpoint, **full)
+    averaged = common.finish(checkpoint, average.module, f"{method}+swa", **full)
+    return {method: (model.eval(), row), f"{method}+swa": (average.module.eval(), averaged)}
 
 
 # ------------------------------------------------------------------- quantization after training
 
 
 def ptq(args: Namespace, data: Data, network: nn.Module, wbits: int, abits: int) -> nn.Module:
-    """Post-training quantization: weights rounded to nearest, per channel; inputs per tensor, from
-    100 training images; first and last layer at 8 bits."""
+    """Post-training quantization: weights rounded to nearest, per channel; inputs per tensor.
+
+    100 training images calibrate it; batch norm keeps its running statistics.
+    """
     quantized = common.quantize(network, wbits, abits, args.quantizer)
     common.calibrate(quantized, data.sample(100)[0], batch_stats=False)
     return quantized.eval()
 
 
-def quantized_results(args: Namespace, data: Data, network: nn.Module, result: dict) -> list[dict]:
-    """Results of `network` after PTQ at the bits asked for and PTQ_BITS, and its flatness before.
-    "acc_batch_norm": accuracy with batch norm's statistics of the calibration images [choice]."""
-    flatness = dict(zip(FLATNESS, common.sharpness(network, data, PROBES, ITERATIONS)))
-    results = []
-    for wbits, abits in dict.fromkeys([(args.wbits, args.abits), *PTQ_BITS]):
+def quantized_rows(args: Namespace, data: Data, network: nn.Module, row: dict) -> list[dict]:
+    """Rows of results after PTQ, with the flatness before it and the bits that the noise had.
+
+    acc_batch_norm: accuracy with batch norm's statistics from the calibration images [choice].
+    """
+    common.say(f"{row['method']}: flatness, then post-training quantization")
+    trace, error, top = common.sharpness(network, data, PROBES, ITERATIONS)
+    flatness = {"trace": trace, "trace_error": error, "top_eigenvalue": top}
+    pairs = [(args.wbits, args.abits)] + (MORE_BITS if args.more_bits else [])
+    rows = []
+    for wbits, abits in dict.fromkeys(pairs):
         quantized = ptq(args, data, network, wbits, abits)
         acc, loss = common.evaluate(quantized, data)
         common.update_bn([data.sample(100)[0]], quantized)
-        results.append(common.record(args.out, result | flatness | {
-            "quantizer": args.quantizer, "wbits": wbits, "abits": abits, "acc": acc, "loss": loss,
-            "acc_batch_norm": common.evaluate(quantized, data)[0]}))
-    return results
+        acc_batch_norm, _ = common.evaluate(quantized, data)
+        rows.append(row | flatness | {
+            "quantizer": args.quantizer, "wbits": wbits, "abits": abits,
+            "noise_wbits": args.wbits, "noise_abits": args.abits,
+            "acc": acc, "loss": loss, "acc_batch_norm": acc_batch_norm})
+        common.record(args, rows[-1])
+    return rows
 
 
-def ptq_table(results: list[dict], figure: str = "acc") -> str:
-    """Mean ± standard error of `figure`, "acc" or "acc_batch_norm" (before PTQ always "acc"), by
-    network (row) and bits (column), and of its difference to the first row of the same seed."""
-    accs, first = {}, results[0]
-    for r in results:
-        row = accs.setdefault(r["method"], {})
-        row.setdefault((r["wbits"], r["abits"]), {})[r["seed"]] = r.get(figure, r["acc"])
-    reference, lines = accs[first["method"]], [
-        f"\n{first['dataset']}, {first['train_size']} training images, {first['model']}, augment "
-        f"{first['augment']}; {first['split']} accuracy %{', new batch norm' * (figure != 'acc')}, "
-        "before and after PTQ, and against the first row", f"{'method':<24}" + "".join(
-            f"{f'W{w}A{a}':<30}" for w, a in accs[first["method"]]).replace("W32A32", "FP    ")]
-    for method, row in accs.items():
-        cells = []
-        for bits, acc in row.items():
-            gain = [acc[seed] - reference[bits][seed] for seed in acc]
-            more = f"  {common.mean_and_error(gain, '+')}" if row is not reference else ""
-            cells.append(f"{common.mean_and_error(list(acc.values())) + more:<30}")
-        lines.append(f"{method:<24}" + "".join(cells))
-    return "\n".join(line.rstrip() for line in lines)
+def print_ptq_table(rows: list[dict]) -> None:
+    """A row per network and bits: accuracy before PTQ, after it, and with new batch norm.
+
+    Differences are to the first method at the same bits and seed.
+    """
+    first = rows[0]
+    print(f"\n{first['dataset']}, {first['train_size']} training images, {first['model']}, "
+          f"{first['augment']}; {first['split']} accuracy %, mean ± standard error")
+    print(f"{'method':<22}{'W/A':<7}{'acc %':<15}{'vs ' + first['method']:<17}"
+          f"{'new batch norm':<16}{'vs ' + first['method']:<17}seeds")
+    groups = {}
+    for row in rows:
+        accs = row["acc"], row.get("acc_batch_norm", row["acc"])
+        key = row["method"], f"{row['wbits']}/{row['abits']}"
+        groups.setdefault(key, {})[row["seed"]] = accs
+    for (method, bits), by_seed in groups.items():
+        line = f"{method:<22}{bits:<7}"
+        for figure in range(2):
+            reference = groups[first["method"], bits]
+            gains = [accs[figure] - reference[seed][figure] for seed, accs in by_seed.items()]
+            gain = "" if method == first["method"] else common.mean_and_error(gains, "+")
+            acc = common.mean_and_error([accs[figure] for accs in by_seed.values()])
+            line += f"{acc:<15}{gain:<17}"
+        print(f"{line}{len(by_seed)}")
+
+
+def print_errors(args: Namespace, data: Data, network: nn.Module) -> None:
+    """The decomposition per layer, and how far the errors are from independent Gaussians."""
+    images, _ = data.sample(100)
+    quantized = ptq(args, data, network, args.wbits, args.abits)
+    inputs = layer_inputs(network, images)
+    print(f"\n{args.method[0]}, last seed: errors at W{args.wbits}A{args.abits} over ||W x||^2, and "
+          "their shape\n(Gaussian: excess kurtosis 0; independent: correlation 0)")
+    common.print_row("AQE", "WQE", "cross", "total", "kurt. dW", "kurt. dx", "corr(dW, W)", "layer")
+    for name, layer in weight_layers(quantized).items():
+        dw = layer.weight_quantizer(layer.weight) - layer.weight
+        dx = layer.input_quantizer(inputs[name]) - inputs[name]
+        pair = torch.stack([layer.weight.flatten(), dw.flatten()])
+        figures = [*error_decomposition(layer, inputs[name]).values(), excess_kurtosis(dw),
+                   excess_kurtosis(dx), torch.corrcoef(pair)[0, 1].item()]
+        common.print_row(*[f"{figure:.4f}" for figure in figures], name)
 
 
 def main() -> None:
-    results = []
-    for args, seed, data in common.per_seed(parse_args()):
+    args = parse_args()
+    args.epochs_left = len(args.seed) * len(args.method) * args.fp_epochs
+    source = common.read_images(args)
+    rows = []
+    for seed in args.seed:
+        data = common.make_data(args, source, seed)
         networks = {}
         for method in args.method:
             networks |= train(args, data, method, seed)
-        last = [(result, quantized_results(args, data, network, result))
-                for network, result in networks.values()]
-        results += [r for result, after in last for r in (result, *after)]
-    print(ptq_table(results), ptq_table(results, "acc_batch_norm"), sep="\n")
-    print(f"\nlast seed: points lost by PTQ at W{args.wbits}A{args.abits}, flatness before it")
-    print_row("method", "drop", *FLATNESS)
-    for before, (after, *_) in last:
-        print_row(before["method"], *(f"{v:.2f}" for v in (
-            before["acc"] - after["acc"], *(after[k] for k in FLATNESS))))
-    if args.measure:
-        measure(args, data, networks[args.method[0]][0])
+        last = {}
+        for name, (network, row) in networks.items():
+            after = quantized_rows(args, data, network, row)
+            rows += [row, *after]
+            last[name] = after[0]
+    print_ptq_table(rows)
+    print("\nlast seed: points lost by PTQ, and flatness before it")
+    common.print_row("drop", "trace", "± its error", "eigenvalue", "method")
+    for name, after in last.items():
+        drop = networks[name][1]["acc"] - after["acc"]
+        figures = (drop, after["trace"], after["trace_error"], after["top_eigenvalue"])
+        common.print_row(*[f"{figure:.2f}" for figure in figures], name)
+    if args.diagnose:
+        print_errors(args, data, networks[args.method[0]][0])
 
 
 if __name__ == "__main__":

@@ -1,66 +1,63 @@
-"""FPQ: Feature-Perturbed Quantization. Pang & Cai, "Stabilizing Quantization-Aware Training by
+"""FPQ, feature-perturbed quantization. Pang & Cai, "Stabilizing Quantization-Aware Training by
 Implicit-Regularization on Hessian Matrix", arXiv 2503.11159.
 
-The idea. Rounding moves the weights and features of a network; if the loss is flat, it changes
-little. Noise d of mean 0 adds about E[d^2] Tr(H) / 2 to the expected loss, H being its Hessian in
-what d moves (Eq. 7): training under noise penalises the trace without computing H. So FPQ adds
-uniform noise, one step size wide, to the quantized inputs of random layers: stochastic feature
-perturbation (SFP). It also pulls the output of every layer but the classifier towards the
-full-precision network's, after standardizing both per channel: channel-wise standardized
-distillation (CSD). The loss is cross-entropy plus CSD (Eq. 22).
+The idea. Rounding moves the weights and features of a network; where the loss is flat, that does
+little harm. Noise d of mean 0 adds about E[d^2] Tr(H) / 2 to the expected loss, where H is its
+Hessian (Eq. 7). So training under noise makes the loss flat without computing H. FPQ adds uniform
+noise, one step size wide, to the quantized inputs of random layers. It also pulls the standardized
+outputs of all layers towards those of the full-precision network, the teacher.
+
+The equations are the paper's. What it leaves open is ours and marked [choice].
 
     paper                            here
-    x_l, z_l                         input and output of layer l: N x C x H x W (or N x T x C)
-    s_l, z, q                        layer.input_quantizer .step_size, .zero_point, .bits  Eq. 3-5
-    delta ~ U[-s_l/2, s_l/2], p      stochastic_feature_perturbation(x, step_size, p)      Eq. 9, 14
-    z_l = w_hat * (x_l + delta)      perturbed(student, p, noise_at)                       Eq. 16
-    z_l standardized                 standardize(z)                                        Eq. 15
-    L_CSD                            csd_loss(student_feats, teacher_feats)                Eq. 17
-    L = L_CE + L_CSD                 train()                                       Eq. 22, Alg. 1
+    s_l, z, q                        input_quantizer.step_size, .zero_point, .bits     Eq. 3-5
+    delta ~ U[-s_l/2, s_l/2], p      stochastic_feature_perturbation(x, step_size, p)  Eq. 9, 14
+    z_l = w_hat * (x_l + delta)      perturbed(student, p), layer_outputs(student)     Eq. 16
+    z_l standardized                 standardize(z)                                    Eq. 15
+    L_CSD                            csd_loss(student_feats, teacher_feats)            Eq. 17
+    L = L_CE + L_CSD                 fpq(student, teacher, images, labels, args)       Eq. 22
 
     python fpq.py --bits 2                         full precision, baseline (LSQ), FPQ
-    python fpq.py --bits 2 --ablate --diagnose     all six methods, the paper's figures as numbers
+    python fpq.py --bits 2 --ablate --diagnose     all methods, the paper's figures as numbers
 """
 
 from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 
-import common
+import common  # before torch, for which it sets the threads
 import torch
 import torch.nn.functional as F
-from common import Data, Run, calibrate, full_precision, hooked, print_row, quantize, sgd
+from common import Checkpoint, Data, Progress, calibrate, hidden_layers, hooked, quantize
 from torch import Tensor, nn
 
-PAPER = {"model": "resnet18", "stem": "imagenet", "dataset": "cifar10", "batch_size": 256,
-         "lr": 0.01, "epochs": 200, "weight_decay": 5e-4, "p": 0.1,
-         # Above: section 4, but we infer the stem. Below, and --augment: our own [choice].
-         "fp_epochs": 200, "fp_lr": 0.1, "fp_weight_decay": 5e-4, "pad": 4}
-
-# Which of (--p, --csd-weight, --kd-weight, --sam-rho) each method uses; kd and sam are rivals.
-METHODS = {"baseline": (0, 0, 0, 0), "sfp": (1, 0, 0, 0), "csd": (0, 1, 0, 0),
-           "fpq": (1, 1, 0, 0), "kd": (0, 0, 1, 0), "sam": (0, 0, 0, 1)}
+# Section 4 of the paper, and what it does not say: our guesses [choice]. We infer the stem from the
+# published accuracy in full precision, which fits it on CIFAR-10; on CIFAR-100 give --stem cifar.
+PAPER = {"model": "resnet18", "dataset": "cifar10", "batch_size": 256, "lr": 0.01, "epochs": 200,
+         "weight_decay": 5e-4, "p": 0.1}
+GUESSES = {"stem": "imagenet", "fp_epochs": 200, "fp_lr": 0.1, "fp_weight_decay": 5e-4, "pad": 4}
 
 
 def parse_args() -> Namespace:
-    parser = common.base_parser("FPQ: feature perturbation and channel-wise standardized "
-                                "distillation for quantization-aware training (arXiv 2503.11159)")
+    parser = common.base_parser("FPQ: feature perturbation and standardized distillation for "
+                                "quantization-aware training (arXiv 2503.11159)",
+                                list(METHODS), ["baseline", "fpq"])
+    common.qat_flags(parser)
+    flag = parser.add_argument
     weight = common.number(float, 0, 1e6)
-    common.add_flags(
-        parser, "method",
-        ("--method", list(METHODS), ["baseline", "fpq"], "methods to train, one after another"),
-        ("--p", common.number(float, 0, 1), 0.1, "Eq. 14: chance per step to perturb a layer"),
-        ("--csd-weight", weight, 1.0, "weight of L_CSD in the loss, Eq. 22 (methods csd, fpq)"),
-        ("--noise-at", ["operand", "input", "weight"], "operand",
-         "add noise after the input quantizer (operand, Eq. 16), before it, or to the weight"),
-        ("--kd-weight", weight, 1.0, "weight of knowledge distillation from logits (kd)"),
-        ("--kd-temperature", common.number(float, 0.01, 1e3), 4.0, "softmax temperature (kd)"),
-        ("--sam-rho", common.number(float, 0, 1e3), 0.05, "radius, sharpness-aware minimisation"),
-        ("--ablate", bool, False, f"train all methods: {' '.join(METHODS)}"),
-        ("--diagnose", bool, False, "print figures 1 to 5 as numbers, and gradient norm ratios"))
-    args = common.parse(parser, PAPER)
-    args.method = list(METHODS if args.ablate else dict.fromkeys(args.method))
-    return args
+    flag("--p", type=common.number(float, 0, 1), default=0.1,
+         help="Eq. 14: chance that a layer is perturbed in a step (default: 0.1)")
+    flag("--csd-weight", type=weight, default=1.0,
+         help="Eq. 22: weight of L_CSD in the loss (default: 1, as in the paper)")
+    flag("--noise-at", choices=["operand", "input", "weight"], default="operand",
+         help="noise after the input quantizer (default), before it, or on the quantized weight")
+    flag("--kd-weight", type=weight, default=1.0,
+         help="weight of logit distillation, kd (default: 1)")
+    flag("--kd-temperature", type=common.number(float, 0.01, 1e3), default=4.0,
+         help="its softmax temperature (default: 4)")
+    flag("--sam-rho", type=common.number(float, 0, 1e3), default=0.05,
+         help="radius of sharpness-aware minimisation, sam (default: 0.05)")
+    return common.parse(parser, list(METHODS), PAPER | GUESSES)
 
 
 # ------------------------------------------------------------------------------------- the method
@@ -68,188 +65,220 @@ def parse_args() -> Namespace:
 
 def stochastic_feature_perturbation(x: Tensor, step_size: Tensor, p: float,
                                     generator: torch.Generator | None = None) -> Tensor:
-    """SFP, Eq. 9 and 14: with probability p, x + delta, delta ~ U[-s/2, s/2] per element; else x.
+    """SFP, Eq. 9 and 14: with probability p x + delta, else x.
 
-    x: any shape; step_size broadcasts against it. Each layer has its own coin; p is small as noise
-    in several layers at once has a biased effect (Prop. 1): 0.1 is two of ResNet-18's 20 layers.
-    No gradient flows through delta [choice]. generator: on x's device; None: the CPU tosses.
+        delta ~ U[-s/2, s/2] for each element
+
+    x has any shape; step_size s broadcasts against it. Each layer tosses its own coin. p is small,
+    because noise in several layers at once has a biased effect (Prop. 1). No gradient flows through
+    delta [choice]. generator: on x's device; None: the CPU tosses the coin.
     """
-    coin_device = generator.device if generator else "cpu"
-    if torch.rand((), generator=generator, device=coin_device) >= p:  # Eq. 14: the coin
+    device = generator.device if generator else "cpu"
+    coin = torch.rand((), generator=generator, device=device)
+    if coin >= p:  # Eq. 14
         return x
     delta = torch.empty_like(x).uniform_(-0.5, 0.5, generator=generator)
-    return x + delta.mul_(step_size.detach())  # Eq. 9
+    return x + delta * step_size.detach()  # Eq. 9
 
 
 def standardize(z: Tensor, eps: float = 1e-5) -> Tensor:
-    """Eq. 15: each channel of z (N x C x ...) scaled to mean 0, variance 1 over batch and positions
-    [choice; the paper can also be read as over each image alone].
+    """Eq. 15: each channel of z, N x C x ..., scaled to mean 0 and variance 1.
 
-        z~ = (z - mean_c) / sqrt(var_c + eps)          eps inside the root, the biased variance
+        z~ = (z - mean) / sqrt(variance + eps)
 
-    This is the definition; training uses `channel_distance`, which makes no standardized copy.
+    Mean and variance are over batch and positions [choice]; the text also allows each image alone.
     """
-    return F.batch_norm(z, None, None, training=True, eps=eps)  # Eq. 15
-
-
-def channel_mean(z: Tensor) -> Tensor:
-    """Mean of each channel of z (N x C x ...), by a product with ones: three times as fast as .mean
-    in channels_last order."""
-    rows = z.movedim(1, -1).reshape(-1, z.shape[1])
-    return rows.new_ones(len(rows)) @ rows / len(rows)
-
-
-class ChannelDistance(torch.autograd.Function):
-    """`channel_distance`. Its derivative is, but for a factor 2 / numel, per_student * student +
-    per_teacher * teacher + constant: two passes over memory, where autograd takes ten."""
-
-    @staticmethod
-    def forward(ctx, student, teacher, eps):
-        mean_s, mean_t = channel_mean(student), channel_mean(teacher)
-        var_s = (channel_mean(student * student) - mean_s.square()).clamp_min(0)  # roundoff
-        var_t = (channel_mean(teacher * teacher) - mean_t.square()).clamp_min(0)
-        cov = channel_mean(student * teacher) - mean_s * mean_t
-        s, t = var_s + eps, var_t + eps
-        per_student = (eps / s + cov / (s * t).sqrt()) / s
-        per_teacher = -(s * t).rsqrt()
-        constant = -per_student * mean_s - per_teacher * mean_t
-        shape = [1, -1] + [1] * (student.dim() - 2)
-        ctx.save_for_backward(student, teacher, *(
-            c.reshape(shape) for c in (per_student, per_teacher, constant)))
-        return (var_s / s + var_t / t - 2 * cov / (s * t).sqrt()).mean()
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
-        student, teacher, *factors = ctx.saved_tensors
-        per_student, per_teacher, constant = (f * (2 * grad / student.numel()) for f in factors)
-        out = torch.addcmul(constant, student, per_student).addcmul_(teacher, per_teacher)
-        return out, None, None
-
-
-def channel_distance(student: Tensor, teacher: Tensor, eps: float = 1e-5) -> Tensor:
-    """Mean of (standardize(student) - standardize(teacher))^2 over N x C x ..., from five sums per
-    channel. Standardized channels have mean 0, so a channel gives
-
-        var_s / (var_s + eps) + var_t / (var_t + eps) - 2 cov / sqrt((var_s + eps)(var_t + eps))
-
-    With eps = 0 this is 2 (1 - r), r being Pearson's correlation of student and teacher."""
-    return ChannelDistance.apply(student, teacher, eps)
+    rows = z.movedim(1, -1)
+    columns = rows.reshape(-1, z.shape[1])  # one for each channel
+    centred = columns - columns.mean(0)
+    variance = torch.linalg.vecdot(centred, centred, dim=0) / len(columns)
+    standardized = centred * (variance + eps).rsqrt()  # Eq. 15
+    return standardized.reshape(rows.shape).movedim(-1, 1)
 
 
 def csd_loss(student_feats: list[Tensor], teacher_feats: list[Tensor]) -> Tensor:
-    """CSD, Eq. 17. Both lists hold the outputs z_l, N x C x ..., of the same layers in order.
+    """CSD, channel-wise standardized distillation, Eq. 17.
 
-        L_CSD = mean_l mean_(n,c,...) (z~_student - z~_teacher)^2
+        L_CSD = mean over layers, and over all elements, of (z~_student - z~_teacher)^2
 
-    The paper sums over elements and layers; the sum grows with batch, image and depth and drowns
-    the cross-entropy. We take means [choice]. At eps = 0 correlations of 1 give 0, of -1 give 4.
+    Both lists hold the outputs z_l, N x C x ..., of the same layers. The paper sums instead. Its
+    sum grows with batch, image and depth, and drowns the cross-entropy, so we take means [choice].
+    For a channel it is 2 (1 - r), where r is the correlation of student and teacher.
     """
-    distances = [channel_distance(s, t) for s, t in zip(student_feats, teacher_feats, strict=True)]
+    distances = []
+    for student, teacher in zip(student_feats, teacher_feats, strict=True):
+        distances.append(F.mse_loss(standardize(student), standardize(teacher)))
     return torch.stack(distances).mean()  # Eq. 17
 
 
-def kd_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 4.0) -> Tensor:
-    """Distillation of logits (Hinton et al. 2015), the tables' KD row: T^2 KL(teacher || student)
-    of the softmax, mean over the batch; temperature T and weight [choice]. logits: N x classes."""
-    student, teacher = ((z / temperature).log_softmax(1) for z in (student_logits, teacher_logits))
-    return temperature**2 * F.kl_div(student, teacher, log_target=True, reduction="batchmean")
+def perturbed(student: nn.Module, p: float, noise_at: str = "operand"):
+    """A context in which SFP acts, with chance p each, on the inputs of all layers but the last.
 
-
-def layers_of(model: nn.Module) -> list[nn.Module]:
-    """All layers but the classifier: in ResNets and MobileNets the convolutions, as in the paper.
-    The classifier's outputs are logits: CSD on them would be logit distillation in disguise."""
-    return list(common.weight_layers(model).values())[:-1]
-
-
-def perturbed(student: nn.Module, p: float, noise_at: str):
-    """A context in which SFP acts, with chance p each, on the inputs of `layers_of` and on both
-    factors of attention's products [choice]. noise_at: "operand", after the quantizer, as in Eq.
-    16; "input", before it, which makes rounding stochastic [choice]; "weight", only on the
-    quantized weights of `layers_of`, as Fig. 2 compares."""
+    "operand": noise after the input quantizer, as in Eq. 16. "input": before it, so that rounding
+    becomes stochastic. "weight": on the quantized weights instead, as Fig. 2 compares. Attention's
+    products of two features get noise on both [choice]. Layers in full precision get none.
+    """
     def after(quantizer, inputs, x_hat):
-        return stochastic_feature_perturbation(x_hat, quantizer.grid(x_hat)[0], p)  # Eq. 16
+        step_size, _ = quantizer.grid(x_hat)
+        return stochastic_feature_perturbation(x_hat, step_size, p)  # Eq. 16
 
     def before(quantizer, inputs):
-        return stochastic_feature_perturbation(inputs[0], quantizer.grid(inputs[0])[0], p)
+        step_size, _ = quantizer.grid(inputs[0])
+        return stochastic_feature_perturbation(inputs[0], step_size, p)
 
-    if p == 0:
-        return nullcontext()
-    layers = [m for m in layers_of(student) if isinstance(m, common.QuantLayer)]
+    layers = [layer for layer in hidden_layers(student) if isinstance(layer, common.QuantLayer)]
     if noise_at == "weight":
         return hooked([layer.weight_quantizer for layer in layers], after=after)
     sites = [layer.input_quantizer for layer in layers]
-    sites += [q for m in student.modules() if isinstance(m, common.Product) for q in m.children()]
-    return hooked(sites, **({"after": after} if noise_at == "operand" else {"before": before}))
+    for module in student.modules():
+        if isinstance(module, common.Product):
+            sites += [module.a_quantizer, module.b_quantizer]
+    sites = [site for site in sites if isinstance(site, common.Quantizer)]
+    if noise_at == "input":
+        return hooked(sites, before=before)
+    return hooked(sites, after=after)
 
 
 @contextmanager
 def layer_outputs(model: nn.Module) -> Iterator[list[Tensor]]:
-    """A context that yields a list; each layer of `layers_of` appends its output z_l, N x C x ...
-    (tokens, N x T x C: N x C x T). An in-place ReLU right after a layer would spoil its z_l."""
-    def keep(layer, inputs, z):
-        outputs.append(z.movedim(2, 1) if z.dim() == 3 else z)
+    """A context that yields a list to which each layer but the last adds its output z_l, N x C x ...
 
+    These are the convolutions, as in the paper: CSD of the classifier would distil logits. Raises
+    RuntimeError if an output is changed in place after that.
+    """
     outputs = []
-    with hooked(layers_of(model), after=keep):
+    versions = []
+
+    def keep(layer, inputs, z):
+        channels = 1 if isinstance(layer, nn.Conv2d) or layer.weight.dim() == 4 else -1
+        outputs.append(z.movedim(channels, 1))
+        versions.append(z._version)
+
+    with hooked(hidden_layers(model), after=keep):
         yield outputs
+    if [z._version for z in outputs] != versions:
+        raise RuntimeError("the output of a layer was changed in place, by nn.ReLU(inplace=True) "
+                           "perhaps; distillation needs it as it was")
+
+
+# Each method is a function that returns the loss of a batch. All start from the same network.
+
+
+def baseline(student: nn.Module, teacher: nn.Module, images: Tensor, labels: Tensor,
+             args: Namespace) -> Tensor:
+    """QAT with the quantizer and nothing else."""
+    return F.cross_entropy(student(images), labels)
+
+
+def sfp(student, teacher, images, labels, args):
+    """Half of FPQ: feature perturbation."""
+    with perturbed(student, args.p, args.noise_at):  # Eq. 14, 16
+        return F.cross_entropy(student(images), labels)
+
+
+def csd(student, teacher, images, labels, args):
+    """The other half: standardized distillation. The teacher is in eval mode and never trained."""
+    with layer_outputs(student) as student_feats:
+        logits = student(images)
+    with torch.no_grad(), layer_outputs(teacher) as teacher_feats:
+        teacher(images)
+    distance = csd_loss(student_feats, teacher_feats)  # Eq. 17
+    return F.cross_entropy(logits, labels) + args.csd_weight * distance
+
+
+def fpq(student, teacher, images, labels, args):
+    """FPQ, Eq. 22: the loss of `csd`, with the student perturbed."""
+    with perturbed(student, args.p, args.noise_at):  # Eq. 14, 16
+        return csd(student, teacher, images, labels, args)  # Eq. 22
+
+
+def kd(student, teacher, images, labels, args):
+    """A rival, the tables' KD row: distillation of logits (Hinton et al. 2015).
+
+        L = L_CE + weight T^2 KL(teacher || student),   of softmax(logits / T)
+    """
+    logits = student(images)
+    with torch.no_grad():
+        target = teacher(images)
+    divergence = F.kl_div((logits / args.kd_temperature).log_softmax(1),
+                          (target / args.kd_temperature).log_softmax(1),
+                          log_target=True, reduction="batchmean")
+    return F.cross_entropy(logits, labels) + args.kd_weight * args.kd_temperature**2 * divergence
+
+
+def sam(student, teacher, images, labels, args):
+    """A rival, of Table 1: sharpness-aware minimisation, at twice the cost."""
+    return common.sam_loss(student, images, labels, args.sam_rho)
+
+
+METHODS = {"baseline": baseline, "sfp": sfp, "csd": csd, "fpq": fpq, "kd": kd, "sam": sam}
 
 
 # ----------------------------------------------------------------------------------- the training
 
 
 def train(args: Namespace, data: Data, method: str, seed: int,
-          network: nn.Module) -> tuple[nn.Module, dict, list[dict]]:
-    """Algorithm 1. Returns (quantized network, result, history). The student starts as a quantized
-    copy of the full-precision `network`, which is the teacher: in eval mode, never trained."""
-    strengths = args.p, args.csd_weight, args.kd_weight, args.sam_rho
-    p, csd_weight, kd_weight, rho = (on * x for on, x in zip(METHODS[method], strengths))
-    student, teacher = quantize(network, args.wbits, args.abits, args.quantizer), network
+          network: nn.Module) -> tuple[nn.Module, dict]:
+    """Algorithm 1, from the full-precision `network` on: (quantized network, row of results)."""
+    teacher = network
+    student = quantize(network, args.wbits, args.abits, args.quantizer)
     calibrate(student, data.sample(100)[0])  # Eq. 4-5
-    optimizer, sam = sgd(student, args.lr, args.weight_decay), common.SAM(student, rho)
-    run = Run(args, data, method, seed, args.epochs, model=student, optimizer=optimizer)
+    optimizer = common.sgd(student, args.lr, args.weight_decay)
+    checkpoint = Checkpoint(args, data, method, seed, args.epochs,
+                            model=student, optimizer=optimizer)
+    steps = data.steps(args.batch_size)
 
-    for _ in run.epochs():
-        with perturbed(student, p, args.noise_at):  # ends before the epoch's evaluation
-            for images, labels in run.batches():
-                with layer_outputs(student) as student_feats:
-                    logits = student(images)  # quantized (Eq. 3) and perturbed (Eq. 14)
-                cross_entropy, term = F.cross_entropy(logits, labels), 0
-                if csd_weight or kd_weight:
-                    with torch.no_grad(), layer_outputs(teacher) as teacher_feats:
-                        teacher_logits = teacher(images)
-                if csd_weight:
-                    term += csd_weight * csd_loss(student_feats, teacher_feats)  # Eq. 17
-                if kd_weight:
-                    term += kd_weight * kd_loss(logits, teacher_logits, args.kd_temperature)
-                if args.diagnose and (csd_weight or kd_weight) and "force" not in run.notes:
-                    run.notes["force"] = common.gradient_ratio(term, cross_entropy, student)
-                loss = cross_entropy + term  # Eq. 22
-                optimizer.zero_grad()
-                loss.backward()
-                if args.diagnose:
-                    grads = [layer.weight.grad for layer in layers_of(student)]
-                    run.log(gradient=nn.utils.get_total_norm(grads))
-                if rho:  # the rival of Table 1: cross-entropy's gradient at the ascended weights
-                    with sam.ascended():
-                        optimizer.zero_grad()
-                        F.cross_entropy(student(images), labels).backward()
-                optimizer.step()
-                run.log(loss=loss, ce=cross_entropy)
-        if args.diagnose:
-            run.notes["trace"] = common.sharpness(student, data)
-    figures = {"history": run.history} if args.diagnose else {}
-    return student.eval(), run.finish(**figures), run.history
+    for epoch in range(checkpoint.load(), args.epochs):
+        student.train()
+        draws = common.epoch_draws("method", seed, epoch)
+        progress = Progress(f"{method:<9} seed {seed}  epoch {epoch + 1}/{args.epochs}", steps)
+        for i, (images, labels) in enumerate(data.batches(args.batch_size, draws, args.augment)):
+            # Learning rate: a cosine from --lr down to 0
+            rate = args.lr * common.cosine(epoch * steps + i, args.epochs * steps)
+            common.set_rate(optimizer, rate)
+            # Forward: the student is quantized (Eq. 3); the method returns its loss
+            loss = METHODS[method](student, teacher, images, labels, args)
+            # Backward
+            optimizer.zero_grad()
+            loss.backward()
+            # Step: weights, batch norm's parameters, step sizes
+            optimizer.step()
+            progress.add(loss=loss)
+        # Evaluation, a printed row, checkpoint
+        notes = figures_of_epoch(args, data, method, student, teacher) if args.diagnose else {}
+        common.end_epoch(checkpoint, progress, **notes)
+    return student.eval(), common.finish(checkpoint)
 
 
 # ----------------------------------------------------------------- the paper's figures as numbers
 
 
+def figures_of_epoch(args: Namespace, data: Data, method: str, student: nn.Module,
+                     teacher: nn.Module) -> dict:
+    """Fig. 2: |gradient| in the layers' weights; Fig. 5: Hessian trace and its standard error.
+
+    ratio: the added term's gradient over the cross-entropy's. All are of 256 training images.
+    """
+    student = common.copy.deepcopy(student)
+    images, labels = data.sample(256)
+    weights = [layer.weight for layer in hidden_layers(student)]
+    torch.manual_seed(0)
+    loss = METHODS[method](student, teacher, images, labels, args)
+    torch.manual_seed(0)  # the same noise
+    plain = Namespace(**vars(args) | {"csd_weight": 0.0, "kd_weight": 0.0})
+    cross_entropy = METHODS[method](student, teacher, images, labels, plain)
+    return {"gradient": common.gradient_of(loss, weights, retain_graph=True).norm().item(),
+            "ratio": common.gradient_ratio(loss, cross_entropy, student),
+            "trace": common.sharpness(student, data)}
+
+
 @torch.no_grad()
 def output_variance(model: nn.Module, images: Tensor, sigma: float, draws: int = 16) -> float:
-    """Fig. 1: variance of the logits over `draws` of N(0, sigma^2) noise on the normalised images,
-    divided by their variance over the noiseless images [choice: logits differ in scale from network
-    to network]."""
+    """Fig. 1: variance of the logits over `draws` of N(0, sigma^2) noise on the normalised images.
+
+    It is divided by their variance over the noiseless images, because networks differ in the scale
+    of their logits [choice].
+    """
     torch.manual_seed(0)
     noisy = torch.stack([model(images + sigma * torch.randn_like(images)) for _ in range(draws)])
     return (noisy.var(0).mean() / model(images).var(0).mean()).item()
@@ -257,61 +286,70 @@ def output_variance(model: nn.Module, images: Tensor, sigma: float, draws: int =
 
 @torch.no_grad()
 def relu_output(model: nn.Module, images: Tensor) -> Tensor:
-    """Fig. 3, 4: the input of the second layer, (values, channels), quantized if that layer is. In
-    ResNets and MobileNets it is a ReLU's output (max-pooled in ResNet-18/50's imagenet stem)."""
-    def keep(layer, inputs):
-        x = getattr(layer, "input_quantizer", nn.Identity())(inputs[0])
-        found.append((x if x.dim() == 3 else x.movedim(1, -1)).flatten(0, -2))
+    """Fig. 3, 4: the input of the second layer, values x channels, quantized if that layer is.
 
+    In ResNets and MobileNets it is the output of a ReLU.
+    """
     found = []
-    with hooked([layers_of(model)[1]], before=keep):
+
+    def keep(layer, inputs):
+        x = inputs[0]
+        if isinstance(layer, common.QuantLayer):
+            x = layer.input_quantizer(x)
+        channels_last = x.movedim(1, -1) if layer.weight.dim() == 4 else x
+        found.append(channels_last.flatten(0, -2))
+
+    with hooked(hidden_layers(model)[1:2], before=keep):
         model(images)
     return found[0]
 
 
 def diagnose(data: Data, network: nn.Module, trained: dict[str, tuple]) -> None:
     """Print what the paper draws, for the networks of the last seed."""
-    images, models = data.sample(256)[0], [network, *(model for model, *_ in trained.values())]
-    print("\nFig. 1  variance of the logits under Gaussian input noise / variance over images")
-    print_row("sigma", "fp", *trained)
+    images, _ = data.sample(256)
+    models = [network] + [model for model, _ in trained.values()]
+    histories = [row["history"] for _, row in trained.values()]
+    print("\nFig. 1: variance of the logits under Gaussian input noise / variance over images")
+    common.print_row("sigma", "fp", *trained)
     for sigma in (0.05, 0.1, 0.2, 0.4):
-        print_row(sigma, *(f"{output_variance(model, images, sigma):.4f}" for model in models))
+        common.print_row(sigma, *[f"{output_variance(m, images, sigma):.4f}" for m in models])
+    print("\nFig. 2: norm of the loss gradient in the weights, after each epoch\n"
+          "        (the paper compares sfp with sfp --noise-at weight)")
+    common.print_by_epoch(trained, histories, "gradient", lambda norm: f"{norm:.3f}")
     values = [relu_output(model, images) for model in models]
-    print("\nFig. 3  mean, minimum and maximum per channel of the input of the second layer (in\n"
-          "        ResNets the output of a ReLU), quantized if the layer is")
-    print_row("channel", "fp", *trained)
-    for i, channels in zip(range(32), zip(*(v.T for v in values))):
-        print_row(i, *(f"{c.mean():.2f} {c.min():.2f} {c.max():.2f}" for c in channels))
-    print("\nFig. 4  histogram of the same values; each # stands for 6 % of them")
-    print_row("from", "fp", *trained)
-    low, high = (f(torch.stack([f(v) for v in values])).item() for f in (torch.min, torch.max))
-    shares = [v.histc(12, low, high) / v.numel() for v in values]
+    print("\nFig. 3: a channel's mean and largest value, at the input of the second layer")
+    common.print_row("channel", "fp", *trained)
+    for channel in range(min(32, values[0].shape[1])):
+        columns = [value[:, channel] for value in values]
+        common.print_row(channel, *[f"{c.mean():.2f} {c.max():.2f}" for c in columns])
+    print("\nFig. 4: histogram of the same values, % of them")
+    common.print_row("from", "fp", *trained)
+    low = min(value.min().item() for value in values)
+    high = max(value.max().item() for value in values)
+    shares = [100 * value.histc(12, low, high) / value.numel() for value in values]
     for i in range(12):
-        print_row(f"{low + (high - low) * i / 12:.2f}",
-                  *("#" * round(share[i].item() / 0.06) for share in shares))
-    for title, cell in (
-            ("Fig. 2  norm of the loss gradient with respect to the weights, mean over steps; the\n"
-             "        paper compares sfp with and without --noise-at weight",
-             lambda h: f"{h['gradient']:.3f}"),
-            ("Fig. 5  Hessian trace ± its standard error; force of the added term: norm of its\n"
-             "        gradient / norm of the cross-entropy's, at the first batch", lambda h:
-             f"{h['trace'][0]:.0f} ± {h['trace'][1]:.0f}; {h.get('force', 0):.2f}")):
-        print(f"\n{title}; by epoch")
-        print_row("epoch", *trained)
-        for row in zip(*(history for *_, history in trained.values())):
-            print_row(row[0]["epoch"], *(cell(h) if "trace" in h else "not recorded"
-                                         for h in row))  # trained without --diagnose
+        start = low + (high - low) * i / 12
+        common.print_row(f"{start:.2f}", *[f"{share[i]:.1f}" for share in shares])
+    print("\nFig. 5: Hessian trace ± its standard error, after each epoch")
+    common.print_by_epoch(trained, histories, "trace", lambda trace: "{:.0f} ± {:.0f}".format(*trace))
+    print("\ngradient of the added term / gradient of the cross-entropy, after each epoch")
+    common.print_by_epoch(trained, histories, "ratio", lambda ratio: f"{ratio:.3f}")
 
 
 def main() -> None:
-    results, trained = [], {}
-    for args, seed, data in common.per_seed(parse_args()):
-        network, result = full_precision(args, data)
-        results.append(result)
+    args = parse_args()
+    args.epochs_left = len(args.seed) * (args.fp_epochs + len(args.method) * args.epochs)
+    source = common.read_images(args)
+    rows = []
+    for seed in args.seed:
+        data = common.make_data(args, source, seed)
+        network, row = common.full_precision(args, data, seed)
+        rows.append(row)
+        trained = {}
         for method in args.method:
             trained[method] = train(args, data, method, seed, network)
-            results.append(trained[method][1])
-    print(common.result_table(results))
+            rows.append(trained[method][1])
+    common.print_table(rows)
     if args.diagnose:
         diagnose(data, network, trained)
 

@@ -1,54 +1,50 @@
-"""MEC-Quant: Maximum Entropy Coding. Pang, Cai, Zhang, "MEC-Quant: Maximum Entropy Coding for
+"""MEC-Quant, maximum entropy coding. Pang, Cai, Zhang, "MEC-Quant: Maximum Entropy Coding for
 Extremely Low Bit Quantization-Aware Training", arXiv 2509.15514.
 
-The idea. Few bits bias what a network represents. So MEC-Quant keeps the features rich while the
-network learns the labels. It measures the features' entropy by the length of a lossy code for them.
-Features are long-tailed: a few are far larger than most. So "experts" share the coding, one for
-each range of magnitudes, without parameters of their own [choice]. The loss is cross-entropy (CE)
-minus beta times the code's relative length.
+The idea. Few bits bias what a network represents. MEC-Quant keeps the features rich while the
+network learns the labels: it maximises their entropy, measured by the length of a lossy code for
+them. Features have a long tail: a few are far larger than most. So "experts" share the coding, one
+for each range of magnitudes. The loss is the cross-entropy minus beta times the relative length.
 
-We had only abstract and summaries; [choice] marks our decisions. Length and series are from Ma et
-al. 2007 and Liu et al. 2022; the mixture is after maximal coding rate reduction (Yu et al. 2020).
+We had only the abstract and summaries. Length and series are from Ma et al. 2007 and Liu et al.
+2022 (MEC), the mixture from maximal coding rate reduction (Yu et al. 2020); the rest is [choice].
 
-    symbol                                                                              from
-    Z: m x d              normalized_rows(features), m images, d features               [choice]
-    eps_d^2, lambda       --eps2; 1 / (m eps_d^2)                                       Liu
-    L(Z), L(Z1, Z2)       coding_length(z1, z2), exact or series of even order          Ma, Liu
-    pi_jk                 scale_gates(magnitudes, K), m x K, rows sum to 1              [choice]
-    L_moe                 moe_coding_length(z, gates)                                   [choice]
-    CE - beta L / L_max   train(), longest_code(m, d) normalises                        [choice]
+    symbol                                                                             from
+    Z: m x d              normalized_rows(features): m images, d features              [choice]
+    eps_d^2, lambda       --eps2, 1 / (m eps_d^2)                                      Liu
+    L(Z), L(Z1, Z2)       coding_length(z1, z2, eps2=..., order=...)                   Ma, Liu
+    pi_jk                 scale_gates(magnitudes, K): m x K                            [choice]
+    L_moe                 moe_coding_length(z, gates, eps2=...)                        [choice]
+    CE - beta L / L_max   mec_quant(student, teacher, ...); longest_code is L_max      [choice]
 
     python mec_quant.py --bits 2               full precision, baseline (LSQ), MEC-Quant
     python mec_quant.py --wbits 4 --abits 1    activations of one bit
 """
 
 import argparse
+import copy
 import math
 import warnings
 from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import common
+import common  # before torch, for which it sets the threads
 import torch
 import torch.nn.functional as F
-from common import Data, Run, calibrate, full_precision, hooked, print_row, quantize, sgd
+from common import Checkpoint, Data, Progress, calibrate, hooked, quantize
 from torch import Tensor, nn
 
-PAPER = {"model": "resnet18", "stem": "imagenet", "dataset": "cifar10", "batch_size": 256,
-         "lr": 0.01, "epochs": 200, "weight_decay": 5e-4,
-         # Above: FPQ's protocol (we infer the stem). Below, and --augment: ours [choice].
-         "fp_epochs": 200, "fp_lr": 0.1, "fp_weight_decay": 5e-4, "pad": 4}
-
-# By method: how experts share the rows ("one": no experts; None: no coding length). "branch" codes
-# the student's features together with full precision's, Z2; elsewhere Z2 is Z1.
-METHODS = {"baseline": None, "mec": "one", "mec-quant": "scale", "branch": "scale",
-           "random": "random", "kd": None}
-ORDERS = (2, 4, 8)  # of the series that --diagnose compares with the exact value
+# FPQ's protocol, which the same authors follow, and our guesses [choice]. On CIFAR-100 give
+# --stem cifar; see fpq.py.
+PAPER = {"model": "resnet18", "dataset": "cifar10", "batch_size": 256, "lr": 0.01, "epochs": 200,
+         "weight_decay": 5e-4}
+GUESSES = {"stem": "imagenet", "fp_epochs": 200, "fp_lr": 0.1, "fp_weight_decay": 5e-4, "pad": 4}
+ORDERS = [2, 4, 8]  # of the series that --diagnose compares with the exact value
 
 
 def even(text: str) -> int:
-    """An argparse type: an even number. An odd order's last term is greatest if all rows agree."""
+    """An argparse type: an even order. The last term of an odd one is greatest for equal rows."""
     order = common.number(int, 2, 100)(text)
     if order % 2:
         raise argparse.ArgumentTypeError(f"{text!r} is odd and rewards equal rows; try {order - 1}")
@@ -57,21 +53,21 @@ def even(text: str) -> int:
 
 def parse_args() -> Namespace:
     parser = common.base_parser("MEC-Quant: maximum entropy coding for extremely low bit "
-                                "quantization-aware training (arXiv 2509.15514)", fewest_bits=1)
+                                "quantization-aware training (arXiv 2509.15514)",
+                                list(METHODS), ["baseline", "mec-quant"])
+    common.qat_flags(parser)
     number = common.number
-    common.add_flags(
-        parser, "method",
-        ("--method", list(METHODS), ["baseline", "mec-quant"], "what to train"),
-        ("--beta", number(float, 0, 1e6), 1.0, "weight of the coding length in the loss"),
-        ("--eps2", number(float, 1e-6, 1e6), 1 / 32, "squared error per feature the code may make"),
-        ("--order", even, None, "mec: even order of the Taylor series (without it: exact value)"),
-        ("--experts", number(int, 1, 64), 3, "K: number of experts"),
-        ("--features", ["float", "quantized"], "float", "Z before or after the last quantizer"),
-        ("--kd-weight", number(float, 0, 1e6), 1.0, "weight of knowledge distillation in kd"),
-        ("--ablate", bool, False, f"train all methods: {' '.join(METHODS)}"),
-        ("--diagnose", bool, False, "print rank of features, error of series, gates, term"))
-    args = common.parse(parser, PAPER)
-    args.method = list(METHODS if args.ablate else dict.fromkeys(args.method))
+    flag = parser.add_argument
+    flag("--beta", type=number(float, 0, 1e6), default=1.0,
+         help="weight of the relative coding length in the loss (default: 1)")
+    flag("--eps2", type=number(float, 1e-6, 1e6), default=1 / 32,
+         help="squared error that the code may make per feature (default: 1/32)")
+    flag("--order", type=even,
+         help="even order of the Taylor series, for mec (default: the exact value)")
+    flag("--experts", type=number(int, 1, 64), default=3, help="K: number of experts (default: 3)")
+    flag("--features", choices=["float", "quantized"], default="float",
+         help="Z before (default) or after the last layer's input quantizer")
+    args = common.parse(parser, list(METHODS), PAPER | GUESSES)
     if args.order and "mec" not in args.method:
         parser.error("--order has no effect without --method mec: add mec, or leave --order out")
     return args
@@ -81,52 +77,63 @@ def parse_args() -> Namespace:
 
 
 def normalized_rows(features: Tensor) -> Tensor:
-    """Z: features (m x d) minus their mean over the batch, rows scaled to norm 1; 0 for equal rows.
-    We centre [choice], as uncentred ReLU features have much of their energy in one direction."""
+    """Z: features (m x d) minus their mean over the batch, each row scaled to norm 1.
+
+    We centre [choice], because ReLU features have much of their energy in one direction. Equal rows
+    give 0.
+    """
     z = features - features.mean(0)
     return z * (z.square().sum(1, keepdim=True) + 1e-6).rsqrt()
 
 
 def series_logdet(c: Tensor, order: int) -> Tensor:
-    """Taylor series of log det(I + C), C of spectral norm < 1: sum_{k=1..order} -tr (-C)^k / k."""
-    power, total = c, torch.diagonal(c).sum()
+    """Taylor series of log det(I + C), for a spectral norm of C below 1.
+
+        sum_{k=1..order} (-1)^(k+1) / k tr(C^k)
+    """
+    power = c
+    total = torch.diagonal(c).sum()
     for k in range(2, order + 1):
         power = power @ c
         total = total + (-1) ** (k + 1) / k * torch.diagonal(power).sum()
     return total
 
 
-def logdet(c: Tensor, symmetric: bool) -> Tensor:
-    """log |det(I + C)| of ... x n x n. If Z2 is Z1, C is symmetric: Cholesky is enough, and does
-    not wait for the device. Else it takes LU factors; we drop the determinant's sign."""
-    eye = torch.eye(c.shape[-1], dtype=c.dtype, device=c.device)
+def exact_logdet(c: Tensor, symmetric: bool) -> Tensor:
+    """log |det(I + C)| of ... x n x n.
+
+    A symmetric C, as with one branch, needs Cholesky only, which does not wait for the device.
+    """
+    identity = torch.eye(c.shape[-1], dtype=c.dtype, device=c.device)
     if symmetric:
-        factor = torch.linalg.cholesky_ex(eye + c).L
+        factor = torch.linalg.cholesky_ex(identity + c).L
         return 2 * torch.diagonal(factor, dim1=-2, dim2=-1).log().sum(-1)
-    return torch.linalg.slogdet(eye + c).logabsdet
+    return torch.linalg.slogdet(identity + c).logabsdet
 
 
 def coding_length(z1: Tensor, z2: Tensor | None = None, *, eps2: float,
                   order: int | None = None) -> Tensor:
-    """L(Z1, Z2), m x d each, centred, normalised; Z2 is Z1 by default: length in nats of a code for
-    their rows, whose squared error may be eps_d^2 per feature. log det / 2 is the logarithm of the
-    number of balls of that error that fill the features' volume; m + d: rows and directions (Ma).
+    """L(Z1, Z2): length in nats of a code for m rows of d features, normalised.
 
-        L = mu log det(I + lambda Z1^T Z2),  mu = (m + d) / 2,  lambda = 1 / (m eps_d^2)
+        L = mu log det(I + lambda Z1^T Z2),   mu = (m + d) / 2,   lambda = 1 / (m eps_d^2)
 
-    As det(I + AB) = det(I + BA), I + lambda Z1 Z2^T, m x m, will do; we take the smaller one. The
-    default is exact. An even `order` takes the series of Liu et al., but warns and stays exact at a
-    spectral norm of 1 or more [choice], waiting for the device. An odd one raises ValueError."""
+    The code may make the squared error eps_d^2 per feature. Half the logarithm of the determinant
+    counts the balls of that error that fill the features' volume (Ma). Z2 is Z1 by default.
+
+    As det(I + AB) = det(I + BA), we take the smaller of the d x d and the m x m matrix. The default
+    is exact. An even `order` takes the series of Liu et al.; if it diverges, a warning says so and
+    the exact value is used [choice]. Other orders raise ValueError.
+    """
     m, d = z1.shape
-    a, b = (z1, z1 if z2 is None else z2) if m <= d else (z1.T, (z1 if z2 is None else z2).T)
-    c = a @ b.T / (m * eps2)
+    z2 = z1 if z2 is None else z2
+    c = (z1.T @ z2 if d < m else z1 @ z2.T) / (m * eps2)
     if order is not None and series_converges(c, order):
         return (m + d) / 2 * series_logdet(c, order)
-    return (m + d) / 2 * logdet(c, z2 is None)
+    return (m + d) / 2 * exact_logdet(c, symmetric=z2 is z1)
 
 
 def series_converges(c: Tensor, order: int) -> bool:
-    """Whether the spectral norm of C is below 1; a warning, shown once, if it is not."""
+    """Whether the spectral norm of C is below 1; it waits for the device."""
     if order % 2 or order < 2:
         raise ValueError(f"order should be 2, 4, 6, ..., not {order}: odd ones reward equal rows")
     if not c.isfinite().all():  # LAPACK would raise; the series gives a loss of nan
@@ -139,31 +146,38 @@ def series_converges(c: Tensor, order: int) -> bool:
 
 
 def moe_coding_length(z: Tensor, gates: Tensor, *, eps2: float, z2: Tensor | None = None) -> Tensor:
-    """L_moe: each expert k codes its share of the rows; gates pi (m x K, rows sum to 1).
+    """L_moe: a mixture of K experts, each of which codes its share of the rows.
 
         L_moe = (m + d) / 2 sum_k n_k / m log det(I + 1 / (n_k eps_d^2) Z^T diag(pi_k) Z2)
         n_k = sum_j pi_jk
 
-    One expert gives L(Z). As log det is concave, more give a lower bound of L(Z), if Z2 is Z1: it
-    is safe to maximise. Weights (n_k + d) / 2, the cost of K separate codes, would break the bound
-    [choice]. The bits that name the expert are left out, as the gates are constants. The K matrices
-    are d x d or, if smaller, m x m."""
+    gates: pi, m x K, rows sum to 1. One expert gives L(Z). As log det is concave, more give a lower
+    bound of L(Z), if Z2 is Z1, which is safe to maximise. Weights (n_k + d) / 2, the cost of K
+    separate codes, would break the bound [choice]. The bits that name the expert are left out, as
+    the gates are constants. The K matrices are d x d or, if smaller, m x m.
+    """
     m, d = z.shape
     n = gates.sum(0).clamp_min(common.TINY)
     root = gates.T.sqrt()[:, :, None]
-    left, right = root * z, root * (z if z2 is None else z2)  # K x m x d
-    c = left @ right.mT if m < d else left.mT @ right
-    return (m + d) / 2 * (n / m * logdet(c / (n * eps2)[:, None, None], z2 is None)).sum()
+    left = root * z  # K x m x d
+    right = left if z2 is None else root * z2
+    c = left.mT @ right if d < m else left @ right.mT
+    logdets = exact_logdet(c / (n * eps2)[:, None, None], symmetric=z2 is None)
+    return (m + d) / 2 * (n / m * logdets).sum()
 
 
 def scale_gates(magnitudes: Tensor, experts: int) -> Tensor:
-    """pi: m x K, rows sum to 1. A long tail mixes scales, so each expert has a Gaussian over
-    log-magnitudes: expert k at their (k + 1/2) / K quantile, with width std / K [choice].
-    magnitudes: m, norms of the features before `normalized_rows`. No gradient flows."""
+    """pi: m x K, rows sum to 1: a soft choice of an expert by the row's magnitude [choice].
+
+    A long tail is a mixture of scales. So each expert has a Gaussian over the log-magnitude: expert
+    k at the (k + 1/2) / K quantile, with width std / K. magnitudes: m, the norms of the features
+    before `normalized_rows`. No gradient flows.
+    """
     scale = magnitudes.detach().clamp_min(common.TINY).log()
     levels = (torch.arange(experts, device=scale.device, dtype=scale.dtype) + 0.5) / experts
     width = scale.std(correction=0) / experts + 1e-6
-    return (-0.5 * ((scale[:, None] - scale.quantile(levels)) / width).square()).softmax(1)
+    distance = (scale[:, None] - scale.quantile(levels)) / width
+    return (-0.5 * distance.square()).softmax(1)
 
 
 def random_gates(magnitudes: Tensor, experts: int) -> Tensor:
@@ -177,72 +191,104 @@ def longest_code(m: int, d: int, eps2: float) -> float:
     return (m + d) / 2 * r * math.log(1 + 1 / (r * eps2))
 
 
-def mec_term(features: Tensor, other: Tensor | None = None, kind: str = "scale",
-             experts: int = 3, eps2: float = 1 / 32, order: int | None = None) -> Tensor:
-    """L / L_max, at most 1, of m x d features and the other branch's, if any; kind: its gates."""
-    z, z2 = normalized_rows(features), None if other is None else normalized_rows(other)
-    if kind == "one":
-        length = coding_length(z, z2, eps2=eps2, order=order)
-    else:
-        assign = scale_gates if kind == "scale" else random_gates
-        gates = assign(features.detach().norm(dim=1), experts)
-        length = moe_coding_length(z, gates, eps2=eps2, z2=z2)
-    return length / longest_code(*z.shape, eps2)
-
-
-def kd_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 4.0) -> Tensor:
-    """Knowledge distillation (Hinton et al. 2015): T^2 KL(teacher || student); N x classes each."""
-    student, teacher = ((z / temperature).log_softmax(1) for z in (student_logits, teacher_logits))
-    return temperature**2 * F.kl_div(student, teacher, log_target=True, reduction="batchmean")
-
-
 @contextmanager
 def penultimate(model: nn.Module, features: str = "float") -> Iterator[list[Tensor]]:
-    """Yields a list. Inside, each forward pass appends the last layer's input, N x d, to it."""
-    def keep(layer, inputs):
-        found.append(layer.input_quantizer(*inputs) if features == "quantized" else inputs[0])
-
+    """A context that yields a list, to which each pass adds the last layer's input, N x d."""
     found = []
-    with hooked(list(common.weight_layers(model).values())[-1:], before=keep):
+
+    def keep(layer, inputs):
+        found.append(layer.input_quantizer(inputs[0]) if features == "quantized" else inputs[0])
+
+    classifier = list(common.weight_layers(model).values())[-1]
+    with hooked([classifier], before=keep):
         yield found
+
+
+# Each method is a function that returns the loss of a batch. All start from the same network.
+
+
+def baseline(student: nn.Module, teacher: nn.Module, images: Tensor, labels: Tensor,
+             args: Namespace) -> Tensor:
+    """QAT with the quantizer and nothing else."""
+    return F.cross_entropy(student(images), labels)
+
+
+def mec(student, teacher, images, labels, args):
+    """One code for all rows, without experts: L = CE - beta L(Z) / L_max."""
+    with penultimate(student, args.features) as features:
+        logits = student(images)
+    z = normalized_rows(features[0])
+    length = coding_length(z, eps2=args.eps2, order=args.order)
+    share = length / longest_code(*z.shape, args.eps2)
+    return F.cross_entropy(logits, labels) - args.beta * share
+
+
+def mixture(student, images, labels, args, gates_of, other=None):
+    """L = CE - beta L_moe / L_max, with the gates gates_of(magnitudes, K) and another branch's Z."""
+    with penultimate(student, args.features) as features:
+        logits = student(images)
+    z = normalized_rows(features[0])
+    gates = gates_of(features[0].detach().norm(dim=1), args.experts)
+    length = moe_coding_length(z, gates, eps2=args.eps2, z2=other)
+    share = length / longest_code(*z.shape, args.eps2)
+    return F.cross_entropy(logits, labels) - args.beta * share
+
+
+def mec_quant(student, teacher, images, labels, args):
+    """MEC-Quant with one branch: the student's features alone."""
+    return mixture(student, images, labels, args, scale_gates)
+
+
+def branch(student, teacher, images, labels, args):
+    """MEC-Quant with two branches: the student's features and those of full precision, Z2."""
+    with torch.no_grad(), penultimate(teacher) as features:
+        teacher(images)
+    return mixture(student, images, labels, args, scale_gates, normalized_rows(features[0]))
+
+
+def random(student, teacher, images, labels, args):
+    """A control: experts that share the rows at random."""
+    return mixture(student, images, labels, args, random_gates)
+
+
+METHODS = {"baseline": baseline, "mec": mec, "mec-quant": mec_quant, "branch": branch,
+           "random": random}
 
 
 # ----------------------------------------------------------------------------------- the training
 
 
 def train(args: Namespace, data: Data, method: str, seed: int,
-          network: nn.Module) -> tuple[nn.Module, dict, list[dict]]:
-    """(quantized network, result, history), from the full-precision `network` on."""
-    kind, by_teacher = METHODS[method], method == "branch" and args.beta > 0
-    beta, kd_weight = (args.beta, 0) if kind else (0, args.kd_weight * (method == "kd"))
+          network: nn.Module) -> tuple[nn.Module, dict]:
+    """From the full-precision `network` on: (quantized network, row of results)."""
+    teacher = network
     student = quantize(network, args.wbits, args.abits, args.quantizer)
     calibrate(student, data.sample(100)[0])
-    optimizer = sgd(student, args.lr, args.weight_decay)
-    run = Run(args, data, method, seed, args.epochs, model=student, optimizer=optimizer)
+    optimizer = common.sgd(student, args.lr, args.weight_decay)
+    checkpoint = Checkpoint(args, data, method, seed, args.epochs,
+                            model=student, optimizer=optimizer)
+    steps = data.steps(args.batch_size)
 
-    for _ in run.epochs():
-        for images, labels in run.batches():
-            with penultimate(student, args.features) as features:
-                logits = student(images)
-            cross_entropy, term = F.cross_entropy(logits, labels), 0
-            if by_teacher or kd_weight:
-                with torch.no_grad(), penultimate(network) as teacher_features:
-                    teacher_logits = network(images)
-            if beta:
-                f, f2 = features[0], teacher_features[0] if by_teacher else None
-                term = -beta * mec_term(f, f2, kind, args.experts, args.eps2, args.order)
-            if kd_weight:
-                term = kd_weight * kd_loss(logits, teacher_logits)
-            if args.diagnose and (beta or kd_weight) and "force" not in run.notes:
-                run.notes["force"] = common.gradient_ratio(term, cross_entropy, student)
-            loss = cross_entropy + term  # CE - beta L / L_max
+    for epoch in range(checkpoint.load(), args.epochs):
+        student.train()
+        draws = common.epoch_draws("method", seed, epoch)
+        progress = Progress(f"{method:<9} seed {seed}  epoch {epoch + 1}/{args.epochs}", steps)
+        for i, (images, labels) in enumerate(data.batches(args.batch_size, draws, args.augment)):
+            # Learning rate: a cosine from --lr down to 0
+            rate = args.lr * common.cosine(epoch * steps + i, args.epochs * steps)
+            common.set_rate(optimizer, rate)
+            # Forward: the method returns its loss
+            loss = METHODS[method](student, teacher, images, labels, args)
+            # Backward
             optimizer.zero_grad()
             loss.backward()
+            # Step: weights, batch norm's parameters, step sizes
             optimizer.step()
-            run.log(loss=loss, ce=cross_entropy)
-        if args.diagnose:
-            run.notes["series"] = series_errors(args, features_of(student, data))
-    return student.eval(), run.finish(), run.history
+            progress.add(loss=loss)
+        # Evaluation, a printed row, checkpoint
+        notes = figures_of_epoch(args, data, method, student, teacher) if args.diagnose else {}
+        common.end_epoch(checkpoint, progress, **notes)
+    return student.eval(), common.finish(checkpoint)
 
 
 # ----------------------------------------------------------------- the paper's claims as numbers
@@ -250,24 +296,40 @@ def train(args: Namespace, data: Data, method: str, seed: int,
 
 @torch.no_grad()
 def features_of(model: nn.Module, data: Data) -> Tensor:
-    """Float features, m x d, of m <= 512 fixed training images; leaves model in eval mode."""
-    with penultimate(model.eval()) as features:
+    """Float features, m x d, of m <= 512 fixed training images."""
+    model = copy.deepcopy(model).eval()
+    with penultimate(model) as features:
         model(data.sample(512)[0])
     return features[0]
 
 
-def series_errors(args: Namespace, features: Tensor) -> tuple[float, ...]:
-    """Spectral norm of C, then the relative error of the series of each of ORDERS."""
+def figures_of_epoch(args: Namespace, data: Data, method: str, student: nn.Module,
+                     teacher: nn.Module) -> dict:
+    """ratio: |gradient of the term| / |gradient of the cross-entropy|, of 256 training images.
+
+    series: the spectral norm of C, then the relative error of the series of each of ORDERS.
+    """
+    student = copy.deepcopy(student)
+    images, labels = data.sample(256)
+    loss = METHODS[method](student, teacher, images, labels, args)
+    cross_entropy = baseline(student, teacher, images, labels, args)
+    return {"ratio": common.gradient_ratio(loss, cross_entropy, student),
+            "series": series_errors(features_of(student, data), args.eps2)}
+
+
+def series_errors(features: Tensor, eps2: float) -> list[float]:
     z = normalized_rows(features)
-    c = (z.T @ z / (len(z) * args.eps2)).nan_to_num()  # nan would raise; Run checks the loss
-    exact = logdet(c, True)
+    c = (z.T @ z / (len(z) * eps2)).nan_to_num()  # nan would raise here; end_epoch names it
+    exact = exact_logdet(c, symmetric=True)
     errors = [(series_logdet(c, order) - exact) / exact for order in ORDERS]
-    return torch.linalg.matrix_norm(c, 2).item(), *torch.stack(errors).tolist()
+    return [torch.linalg.matrix_norm(c, 2).item(), *torch.stack(errors).tolist()]
 
 
 def spectrum(features: Tensor, eps2: float) -> tuple[float, float, float]:
-    """(L / L_max, effective rank, energy share of the top direction) of the normalised features;
-    the effective rank is exp of the entropy of the energies' shares (after Roy & Vetterli 2007)."""
+    """(L / L_max, effective rank, energy share of the top direction) of normalised features.
+
+    The effective rank is exp of the entropy of the energies' shares (after Roy & Vetterli 2007).
+    """
     z = normalized_rows(features)
     energy = torch.linalg.svdvals(z).square()
     share = energy / energy.sum().clamp_min(common.TINY)
@@ -278,40 +340,44 @@ def spectrum(features: Tensor, eps2: float) -> tuple[float, float, float]:
 
 def diagnose(args: Namespace, data: Data, network: nn.Module, trained: dict) -> None:
     """Print what the abstract claims, for the networks of the last seed."""
-    features = {"fp": features_of(network, data)} | {
-        name: features_of(model, data) for name, (model, _, _) in trained.items()}
-    print()
-    print_row("features", "L / L_max", "effective rank", "energy in the top direction")
-    for name, f in features.items():
-        length, rank, top = spectrum(f, args.eps2)
-        print_row(name, f"{length:.4f}", f"{rank:.2f}", f"{100 * top:.1f} %")
-    print("\nfirst step of each epoch: |gradient of the term| / |gradient of the cross-entropy|")
-    print_row("epoch", *trained)
-    for row in zip(*(history for *_, history in trained.values())):
-        print_row(row[0]["epoch"], *(f"{h.get('force', 0):.4f}" for h in row))
-    last = "mec-quant" if "mec-quant" in trained else list(trained)[-1]
-    print(f"\nby epoch, {last}: spectral norm of C; relative error of its series, orders {ORDERS}")
-    for row in trained[last][2]:
-        if "series" in row:  # a run resumed after training without --diagnose has none
-            print_row(row["epoch"], *(f"{e:+.4f}" for e in row["series"]))
+    histories = [row["history"] for _, row in trained.values()]
+    features = {"fp": features_of(network, data)}
+    for name, (model, _) in trained.items():
+        features[name] = features_of(model, data)
+    print("\nfeatures: relative coding length, effective rank, energy in the top direction")
+    common.print_row("", "L / L_max", "rank", "top")
+    for name, z in features.items():
+        length, rank, top = spectrum(z, args.eps2)
+        common.print_row(name, f"{length:.4f}", f"{rank:.2f}", f"{100 * top:.1f} %")
+    print("\n|gradient of the term| / |gradient of the cross-entropy|, after each epoch")
+    common.print_by_epoch(trained, histories, "ratio", lambda ratio: f"{ratio:.4f}")
+    print(f"\nspectral norm of C, and the relative error of its series of order {ORDERS[1]}")
+    common.print_by_epoch(trained, histories, "series", lambda s: f"{s[0]:.2f} {s[2]:+.3f}")
+    last = list(trained)[-1]
     magnitudes = features[last].norm(dim=1)
     gates = scale_gates(magnitudes, args.experts)
-    print(f"\nscale gates on {last}: expert, mean gate, magnitudes where its gate is largest")
+    print(f"\nscale gates on {last}: mean gate, magnitudes where it is the largest")
+    common.print_row("expert", "gate", "from", "to")
     for k in range(args.experts):
         own = magnitudes[gates.argmax(1) == k]
-        span = f"{own.min():.3f} to {own.max():.3f}" if len(own) else "none"
-        print_row(k, f"{100 * gates[:, k].mean():.1f} %", span)
+        span = [f"{own.min():.3f}", f"{own.max():.3f}"] if len(own) else []
+        common.print_row(k, f"{100 * gates[:, k].mean():.1f} %", *span)
 
 
 def main() -> None:
-    results, trained = [], {}
-    for args, seed, data in common.per_seed(parse_args()):
-        network, result = full_precision(args, data)
-        results.append(result)
+    args = parse_args()
+    args.epochs_left = len(args.seed) * (args.fp_epochs + len(args.method) * args.epochs)
+    source = common.read_images(args)
+    rows = []
+    for seed in args.seed:
+        data = common.make_data(args, source, seed)
+        network, row = common.full_precision(args, data, seed)
+        rows.append(row)
+        trained = {}
         for method in args.method:
             trained[method] = train(args, data, method, seed, network)
-            results.append(trained[method][1])
-    print(common.result_table(results))
+            rows.append(trained[method][1])
+    common.print_table(rows)
     if args.diagnose:
         diagnose(args, data, network, trained)
 

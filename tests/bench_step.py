@@ -29,7 +29,8 @@ MODELS, TURNS = ["resnet8", "resnet20"], 20
 
 def torch_operators():
     def fake_quantize(x, s, z, low, high, scale=1.0):
-        s, z = s.flatten(), (torch.zeros_like(s) + z).flatten()
+        s = s.flatten()
+        z = z.flatten()
         if len(s) == 1:
             return torch._fake_quantize_learnable_per_tensor_affine(x, s, z, low, high, scale)
         return torch._fake_quantize_learnable_per_channel_affine(x, s, z, 0, low, high, scale)
@@ -78,13 +79,14 @@ VARIANTS |= {peer.__name__: ("fpq", "baseline", peer)
 
 def child(pipe, flags, script, method, peer=lambda: None):
     """Run the script. Send each step's seconds, then wait; or send why `peer` cannot load."""
-    sys.argv, sys.stdout = [script, *flags, "--method", method], open(os.devnull, "w")
+    sys.argv = [script, *flags, "--method", method]
+    sys.stdout = open(os.devnull, "w")
     batches = common.Data.batches
 
-    def one_by_one(data, *args):
+    def one_by_one(data, *args, **options):
         started = time.perf_counter()
         while True:
-            for batch in batches(data, *args):
+            for batch in batches(data, *args, **options):
                 if torch.accelerator.is_available():
                     torch.accelerator.synchronize()
                 pipe.send(time.perf_counter() - started)
@@ -92,10 +94,12 @@ def child(pipe, flags, script, method, peer=lambda: None):
                 started = time.perf_counter()
                 yield batch
 
-    def untrained(args, data):
-        model = common.build_model(args.model, data.classes, args.depth, args.stem).eval()
-        return model.to(args.device, memory_format=torch.channels_last), {}
-    common.Data.batches, common.full_precision = one_by_one, untrained
+    def untrained(args, data, seed):
+        model, _ = common.new_network(args, data, seed, args.device)
+        return model.eval(), {}
+
+    common.Data.batches = one_by_one
+    common.full_precision = untrained
     try:
         peer()
     except ImportError as error:
