@@ -859,51 +859,64 @@ def base_parser(description: str, methods: list[str], default: list[str]) -> Par
 
     parser = Parser(description=description, allow_abbrev=False)
     flag = parser.add_argument
-    count = number(int, 1, 10**9)
     flag("--method", nargs="+", type=method, choices=methods, default=default,
          help=f"what to train, one after another (default: {' '.join(default)})")
     flag("--ablate", action="store_true", help="train all methods")
     flag("--diagnose", action="store_true", help="print what the paper draws, as numbers")
+    flag("--recipe", choices=["paper"], help="make the published settings the defaults")
+    flag("--resume", action="store_true", help="continue where the same command was stopped")
+    flag("--dry-run", action="store_true", help="one epoch of about 64 images, in OUT/dry-run")
+    flag("--device", default="auto", help="cpu, cuda, cuda:1, mps, ... (default: what is there)")
+    flag("--out", type=Path, default=Path("runs"),
+         help="folder for checkpoints and results.jsonl (default: runs)")
+    flag("--seed", type=number(int, 0, 2**31), nargs="+", default=[0],
+         help="one or more; each has its own network, subset and batches (default: 0)")
+    data_flags(parser)
+    network_flags(parser)
+    return parser
+
+
+def data_flags(parser: Parser) -> None:
+    flag = parser.add_argument
     flag("--dataset", choices=["auto", "cifar10", "cifar100", "folder", "shapes"], default="auto",
          help="auto (default): cifar10 if it is in --data-dir or downloads, else shapes")
     flag("--data-dir", type=Path, default=Path("data"),
          help="where the data set is or goes; a folder has train/CLASS/* and test/CLASS/*")
-    flag("--train-size", type=count, help="train on a class-balanced subset of this size")
-    flag("--val", type=count, help="hold out this many training images; evaluate on them only")
+    flag("--train-size", type=number(int, 1, 10**9),
+         help="train on a class-balanced subset of this size")
+    flag("--val", type=number(int, 1, 10**9),
+         help="hold out this many training images; evaluate on them only")
     flag("--augment", choices=["none", "flip", "crop+flip"], default="crop+flip",
          help="of the training images (default: crop+flip)")
     flag("--pad", type=number(int, 0, 16), default=2,
          help="how many pixels a crop moves an image at most (default: 2)")
+    flag("--batch-size", type=number(int, 2, 10**6), default=128,
+         help="images per step (default: 128)")
+
+
+def network_flags(parser: Parser) -> None:
+    """The network, its bits, and its training in full precision."""
+    flag = parser.add_argument
     flag("--model", choices=MODELS, default="resnet8", help="the network (default: resnet8)")
     flag("--depth", type=number(int, 1, 48), default=4, help="blocks of vit_tiny (default: 4)")
     flag("--stem", choices=["cifar", "imagenet"], default="cifar",
          help="first layers of the larger networks, for small (default) or large images")
-    flag("--bits", type=number(int, 2, 8), help="of weights and activations (default: 2)")
+    flag("--bits", type=number(int, 2, 8), default=2,
+         help="of weights and activations (default: 2)")
     flag("--wbits", type=number(int, 2, 8), help="bits of weights, in place of --bits")
     flag("--abits", type=number(int, 1, 8), help="bits of activations, in place of --bits")
     flag("--quantizer", choices=list(QUANTIZERS), default="lsq",
          help="of activations (default: lsq); weights always have lsq")
-    flag("--fp-epochs", type=count, default=15,
+    flag("--fp-epochs", type=number(int, 1, 10**9), default=15,
          help="epochs of full-precision training (default: 15)")
     flag("--fp-lr", type=number(float, 1e-9, 1e3), default=0.2,
          help="its peak learning rate (default: 0.2); vit_tiny takes 1/200 of it, with AdamW")
     flag("--fp-weight-decay", type=number(float, 0, 1), default=1e-4,
          help="its weight decay (default: 0.0001); vit_tiny always has 0.05")
-    flag("--batch-size", type=number(int, 2, 10**6), default=128,
-         help="images per step (default: 128)")
-    flag("--seed", type=number(int, 0, 2**31), nargs="+", default=[0],
-         help="one or more; each has its own network, subset and batches (default: 0)")
-    flag("--recipe", choices=["paper"], help="make the published settings the defaults")
-    flag("--out", type=Path, default=Path("runs"),
-         help="folder for checkpoints and results.jsonl (default: runs)")
-    flag("--resume", action="store_true", help="continue where the same command was stopped")
-    flag("--dry-run", action="store_true", help="one epoch of about 64 images, in OUT/dry-run")
-    flag("--device", default="auto", help="cpu, cuda, cuda:1, mps, ... (default: what is there)")
-    return parser
 
 
 def qat_flags(parser: Parser) -> None:
-    """The flags of quantization-aware training (QAT), which follows full precision."""
+    """Quantization-aware training (QAT), which follows full precision."""
     flag = parser.add_argument
     flag("--epochs", type=number(int, 1, 10**9), default=6,
          help="epochs of quantization-aware training (default: 6)")
@@ -921,8 +934,8 @@ def parse(parser: Parser, methods: list[str], recipe: dict) -> argparse.Namespac
     if args.recipe:
         flags = [f"--{flag.replace('_', '-')} {getattr(args, flag)}" for flag in recipe]
         print("--recipe paper:", *flags)
-    args.wbits = args.wbits or args.bits or 2
-    args.abits = args.abits or args.bits or 2
+    args.wbits = args.wbits or args.bits
+    args.abits = args.abits or args.bits
     args.seed = list(dict.fromkeys(args.seed))
     args.method = methods if args.ablate else list(dict.fromkeys(args.method))
     args.script = parser.prog
@@ -960,11 +973,14 @@ def entry(main) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     except (UsageError, OSError) as error:
-        code, line = 2, f"error: {error}"
+        fail(2, f"error: {error}")
     except FloatingPointError as error:
-        code, line = 3, f"stopped: {error}"
+        fail(3, f"stopped: {error}")
     except KeyboardInterrupt:
-        code, line = 130, "interrupted; add --resume to continue after the last whole epoch"
+        fail(130, "interrupted; add --resume to continue after the last whole epoch")
+
+
+def fail(code: int, line: str) -> None:
     print(f"\n{line}", file=sys.stderr)
     sys.exit(code)
 
@@ -1046,7 +1062,8 @@ FP_FLAGS = ["model", "depth", "stem", "augment", "pad", "batch_size", "fp_epochs
             "fp_weight_decay"]
 # These do not shape training. Of the data a fingerprint is compared, and each run has one seed.
 NOT_SHAPING = ["out", "data_dir", "dataset", "train_size", "val", "device", "recipe", "bits", "seed",
-               "method", "ablate", "diagnose", "resume", "dry_run", "script", "command", "epochs_left"]
+               "method", "ablate", "ablate_views", "diagnose", "more_bits", "resume", "dry_run",
+               "script", "command", "epochs_left"]
 
 
 class Checkpoint:
@@ -1140,7 +1157,8 @@ def end_epoch(checkpoint: Checkpoint, progress: Progress, **notes) -> None:
 
     Raises FloatingPointError, which ends the script, if a loss is not finite.
     """
-    args, data = checkpoint.args, checkpoint.data
+    args = checkpoint.args
+    data = checkpoint.data
     means = progress.means()  # waits for the device, once per epoch
     seconds = time.perf_counter() - progress.started
     every = 1 + len(data.test_labels) // 2500  # a row by epoch need not see all images
@@ -1153,9 +1171,9 @@ def end_epoch(checkpoint: Checkpoint, progress: Progress, **notes) -> None:
     checkpoint.history.append(row)
     checkpoint.save()
     args.epochs_left -= 1
-    minutes, rest = divmod(int(args.epochs_left * seconds), 60)
+    minutes = args.epochs_left * seconds / 60
     say(f"{progress.name}  {progress}  {data.split} loss {loss:.4f}  acc {acc:5.2f} %  "
-        f"{seconds:.1f} s  all left {minutes}:{rest:02d}")
+        f"{seconds:.1f} s  whole command {minutes:.0f} min left")
 
 
 def finish(checkpoint: Checkpoint, model: nn.Module | None = None, method: str | None = None,
@@ -1165,7 +1183,8 @@ def finish(checkpoint: Checkpoint, model: nn.Module | None = None, method: str |
     First, one fixed pass over the training images renews batch norm's statistics [choice]: those
     of the last batches move accuracy by up to a point.
     """
-    args, data = checkpoint.args, checkpoint.data
+    args = checkpoint.args
+    data = checkpoint.data
     model = model or checkpoint.parts["model"]
     method = method or checkpoint.method
     if method not in checkpoint.results:
@@ -1265,7 +1284,7 @@ def mean_and_error(values: list[float], sign: str = "") -> str:
 
 
 def print_row(*cells) -> None:
-    print(" ".join(f"{cell:<13}" for cell in cells).rstrip())
+    print(" ".join(f"{cell:<11}" for cell in cells).rstrip())
 
 
 def print_by_epoch(names: list[str], histories: list[list[dict]], key: str, cell) -> None:
@@ -1281,13 +1300,14 @@ def print_table(rows: list[dict]) -> None:
     first = rows[0]
     print(f"\n{first['dataset']}, {first['train_size']} training images, {first['model']}, "
           f"{rows[-1]['quantizer']}, {first['augment']}; {first['split']} accuracy")
-    print_row("method", "W/A", "acc % ± error", "vs baseline", "seeds")
+    print(f"{'method':<24}{'W/A':<7}{'acc %':<16}{'vs baseline':<16}seeds    (± standard error)")
     groups = {}
     for row in rows:
-        key = row["method"], f"{row['wbits']}/{row['abits']}"
+        key = (row["method"], f"{row['wbits']}/{row['abits']}")
         groups.setdefault(key, {})[row["seed"]] = row["acc"]
     for (method, bits), accs in groups.items():
         baseline = groups.get(("baseline", bits), {})
         gains = [acc - baseline[seed] for seed, acc in accs.items() if seed in baseline]
         gain = mean_and_error(gains, "+") if method != "baseline" else ""
-        print_row(method, bits, mean_and_error(list(accs.values())), gain, len(accs))
+        acc = mean_and_error(list(accs.values()))
+        print(f"{method:<24}{bits:<7}{acc:<16}{gain:<16}{len(accs)}")

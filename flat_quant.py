@@ -394,8 +394,8 @@ def print_ptq_table(rows: list[dict]) -> None:
           f"{'new batch norm':<16}{'vs ' + first['method']:<17}seeds")
     groups = {}
     for row in rows:
-        accs = row["acc"], row.get("acc_batch_norm", row["acc"])
-        key = row["method"], f"{row['wbits']}/{row['abits']}"
+        accs = (row["acc"], row.get("acc_batch_norm", row["acc"]))
+        key = (row["method"], f"{row['wbits']}/{row['abits']}")
         groups.setdefault(key, {})[row["seed"]] = accs
     for (method, bits), by_seed in groups.items():
         line = f"{method:<22}{bits:<7}"

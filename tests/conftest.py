@@ -3,9 +3,12 @@
 import functools
 import importlib
 import json
+import os
 import sys
 from argparse import Namespace
 from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: tiny networks need no second thread
 
 import pytest
 import torch
@@ -15,8 +18,8 @@ from torchvision.ops import Conv2dNormActivation
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import common  # noqa: E402
-import flat_quant  # noqa: E402
+import common
+import flat_quant
 
 SHAPES = "--dataset shapes --dry-run"
 draw_shapes = functools.cache(common.draw_shapes)
@@ -30,25 +33,26 @@ def normal(*shape, seed=1):
 
 def pytest_configure(config):
     """What takes long is run only where -m asks for it."""
-    for name, what in (("matrix", "every script, network, quantizer and bits: an hour"),
-                       ("kills", "forty kills at random moments: two minutes")):
-        config.addinivalue_line("markers", f"{name}: {what}; asked for by -m {name}")
+    config.addinivalue_line("markers", "matrix: every script, network, quantizer and bits: an hour")
+    config.addinivalue_line("markers", "kills: forty kills at random moments: two minutes")
     config.option.markexpr = config.option.markexpr or "not matrix and not kills"
 
 
 @pytest.fixture(autouse=True)
 def short(monkeypatch):
-    """Shapes are drawn once. No dry run needs all of the Hessian and of PTQ, which have tests."""
+    """Shapes are drawn once. No dry run needs all of the Hessian, which has tests of its own."""
     monkeypatch.setattr(common, "draw_shapes", draw_shapes)
-    for name, value in (("PROBES", 2), ("ITERATIONS", 1), ("PTQ_BITS", [(8, 8)])):
-        monkeypatch.setattr(flat_quant, name, value)
+    monkeypatch.setattr(flat_quant, "PROBES", 2)
+    monkeypatch.setattr(flat_quant, "ITERATIONS", 1)
+    monkeypatch.setattr(flat_quant, "MORE_BITS", [(8, 8)])
 
 
-def load(**flags) -> common.Data:
-    """load_data with the defaults of the scripts, but `flags`."""
-    return common.load_data(Namespace(**{
-        "dataset": "shapes", "data_dir": Path("nowhere"), "train_size": None, "val": None,
-        "fp_seed": 0, "pad": 2, "device": "cpu", "dry_run": False} | flags))
+def load(seed=0, **flags) -> common.Data:
+    """The data of the scripts' default flags, but `flags`."""
+    defaults = {"dataset": "shapes", "data_dir": Path("nowhere"), "out": Path("nowhere"),
+                "train_size": None, "val": None, "pad": 2, "device": "cpu", "dry_run": False}
+    args = Namespace(**defaults | flags)
+    return common.make_data(args, common.read_images(args), seed)
 
 
 @pytest.fixture(scope="session")
@@ -68,13 +72,16 @@ def calibrated(tiny_data):
 
 @pytest.fixture
 def called(monkeypatch, tmp_path):
-    """called("fpq", *flags) -> the script as a module, after sys.argv has become that of a user's
-    call. Flags that are strings are split at spaces; paths are not."""
+    """called("fpq", *flags) -> the script as a module, after sys.argv has become a user's call.
+
+    Flags that are strings are split at spaces; paths are not.
+    """
     def script_of(script: str, *flags: str | Path):
-        words = [word for flag in flags
-                 for word in (flag.split() if isinstance(flag, str) else [str(flag)])]
-        monkeypatch.setattr(
-            sys, "argv", [f"{script}.py", "--device", "cpu", "--out", str(tmp_path), *words])
+        words = []
+        for flag in flags:
+            words += flag.split() if isinstance(flag, str) else [str(flag)]
+        argv = [f"{script}.py", "--device", "cpu", "--out", str(tmp_path), *words]
+        monkeypatch.setattr(sys, "argv", argv)
         return importlib.import_module(script)
     return script_of
 
@@ -82,13 +89,20 @@ def called(monkeypatch, tmp_path):
 @pytest.fixture
 def parse(called):
     """parse("fpq", *flags) -> the args of a dry run on shapes, for `tiny_data`."""
-    return lambda script, *flags: called(script, SHAPES, *flags).parse_args()
+    def parsed(script: str, *flags):
+        args = called(script, SHAPES, *flags).parse_args()
+        args.epochs_left = 0
+        return args
+    return parsed
 
 
 @pytest.fixture
 def run(called, tmp_path, capsys):
-    """run("fpq", *flags) runs a script as a user does, in this process: exit code .code, printed
-    .out and .err, and .results, all lines so far of all results.jsonl within tmp_path."""
+    """run("fpq", *flags) runs a script as a user does, in this process.
+
+    It returns the exit code .code, printed .out and .err, and .results, all lines so far of all
+    results.jsonl within tmp_path.
+    """
     def entered(script: str, *flags: str | Path) -> Namespace:
         code = 0
         try:
@@ -96,27 +110,25 @@ def run(called, tmp_path, capsys):
         except SystemExit as stop:
             code = stop.code
         out, err = capsys.readouterr()
-        results = [json.loads(line) for file in sorted(tmp_path.rglob("results.jsonl"))
-                   for line in file.open()]
+        results = []
+        for file in sorted(tmp_path.rglob("results.jsonl")):
+            results += [json.loads(line) for line in file.open()]
         return Namespace(code=code, out=out, err=err, results=results)
     return entered
 
 
 def tiny_network():
     torch.manual_seed(0)
-    layers = (Conv2dNormActivation(*shape) for shape in ((3, 4, 3, 4), (4, 4, 3), (4, 8, 3)))
+    layers = [Conv2dNormActivation(*shape) for shape in ((3, 4, 3, 4), (4, 4, 3), (4, 8, 3))]
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10)).eval()
 
 
 @pytest.fixture
-def forces(monkeypatch):
-    """A list that all gradient ratios are appended to; the networks and samples become tiny."""
-    found, ratio, sample = [], common.gradient_ratio, common.Data.sample
+def tiny_networks(monkeypatch):
+    """All networks that a script builds are `tiny_network`, all its samples have 8 images."""
+    sample = common.Data.sample
     monkeypatch.setattr(common, "build_model", lambda *_: tiny_network())
     monkeypatch.setattr(common.Data, "sample", lambda data, count: sample(data, 8))
-    monkeypatch.setattr(
-        common, "gradient_ratio", lambda *terms: found.append(ratio(*terms)) or found[-1])
-    return found
 
 
 def student_of(network, data, *how):
@@ -143,18 +155,18 @@ def first_step(train, *args) -> list[torch.Tensor | None]:
     def step(optimizer, *_):
         grads.extend(p.grad for p in learned(optimizer))
         raise KeyboardInterrupt
+
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(torch.optim.SGD, "step", step)
         train(*args)
     return grads
 
 
-def first_step_by_script(train, args, data, method, *views):
-    """(the script's gradients; network, student and batch to compute them by hand). The next draws
-    from torch's generator are the script's noise."""
-    network, stream = tiny_network(), functools.partial(common.random_stream, "method")
-    grads = first_step(train, args, data, method, 0, network)
+def first_batch(network, data, args, *views):
+    """(student, batch) as `train` has them at its first step, to compute the step by hand.
+
+    The next draws from torch's generator are the script's noise.
+    """
     student = student_of(network, data, args.wbits, args.abits, args.quantizer)
-    torch.manual_seed(stream("noise", 0, 0))
-    draws = torch.Generator().manual_seed(stream("batches", 0, 0))
-    return grads, network, student, next(data.batches(32, draws, views))
+    draws = common.epoch_draws("method", 0, 0)
+    return student, next(data.batches(args.batch_size, draws, *views))
