@@ -692,7 +692,8 @@ def read_folder(data_dir: Path, cache_dir: Path) -> tuple:
         pixels = np.empty((len(paths), 32, 32, 3), np.uint8)
         for i, path in enumerate(paths):
             pixels[i] = read_image(path)
-            rewrite(f"image {i} of {len(paths)}", every=1.0)
+            if i % 1000 == 0:
+                rewrite(f"image {i} of {len(paths)}")
         whole = io.BytesIO()
         np.save(whole, pixels)
         write_whole(cache, whole)
