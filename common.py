@@ -57,8 +57,9 @@ TINY = 1e-12  # no step size is smaller, so that x / s stays finite if one becom
 # ---------------------------------------------------------------------------------- 1. Quantizers
 
 
-def fake_quantize(x: Tensor, step_size: Tensor, zero_point: Tensor, qmin: int, qmax: int,
-                  grad_scale: float = 1.0) -> Tensor:
+def fake_quantize(
+    x: Tensor, step_size: Tensor, zero_point: Tensor, qmin: int, qmax: int, grad_scale: float = 1.0
+) -> Tensor:
     """Fake quantization (Eq. 3) with the gradients of LSQ (learned step size quantization, 2020).
 
     x has any shape. step_size s > 0 and zero_point z, a whole number, broadcast against x.
@@ -191,7 +192,7 @@ def spaced_values(x: Tensor, channels: int, most: int = 65536) -> Tensor:
     count = max(1024, most // channels)
     if rows.shape[1] <= count:
         return rows
-    index = torch.linspace(0, rows.shape[1] - 1, count, device=x.device).long()
+    index = torch.arange(count, device=x.device) * (rows.shape[1] - 1) // (count - 1)
     return torch.cat([rows[:, index], rows.amin(1, keepdim=True), rows.amax(1, keepdim=True)], 1)
 
 
@@ -258,8 +259,13 @@ class QuantLayer(nn.Module):
         self.weight_quantizer = Quantizer(wbits, channels=len(layer.weight))
         self.product = F.linear
         if isinstance(layer, nn.Conv2d):
-            self.product = partial(F.conv2d, stride=layer.stride, padding=layer.padding,
-                                   dilation=layer.dilation, groups=layer.groups)
+            self.product = partial(
+                F.conv2d,
+                stride=layer.stride,
+                padding=layer.padding,
+                dilation=layer.dilation,
+                groups=layer.groups,
+            )
 
     def forward(self, x: Tensor) -> Tensor:
         return self.product(self.input_quantizer(x), self.weight_quantizer(self.weight), self.bias)
@@ -323,7 +329,8 @@ def quantize(model: nn.Module, wbits: int, abits: int, quantizer: str = "lsq") -
     except RuntimeError as error:
         raise RuntimeError(
             "the network cannot be copied; if it keeps a result (self.feature = x) or computes a "
-            "weight, run it once under torch.no_grad() before quantize") from error
+            "weight, run it once under torch.no_grad() before quantize"
+        ) from error
     weight_bits = layer_bits(model, wbits)
     input_bits = layer_bits(model, abits)
     quantized = {}
@@ -351,8 +358,9 @@ def quantizers_of(model: nn.Module) -> dict[str, Quantizer]:
 
 
 @torch.no_grad()
-def calibrate(qmodel: nn.Module, images: Tensor, candidates: int = 100,
-              batch_stats: bool = True) -> None:
+def calibrate(
+    qmodel: nn.Module, images: Tensor, candidates: int = 100, batch_stats: bool = True
+) -> None:
     """Set all step sizes and zero points by one pass of `images` (100 in the paper).
 
     Each layer sees the quantized output of those before it. A quantizer that is called twice fits
@@ -383,8 +391,10 @@ def calibrate(qmodel: nn.Module, images: Tensor, candidates: int = 100,
             qmodel.set_submodule(name, nn.Identity())
     missed = [name for name in seen if not seen[name]]
     if missed:
-        warnings.warn("calibration never reached these, which stay in full precision: "
-                      + ", ".join(missed), stacklevel=3)
+        warnings.warn(
+            "calibration never reached these, which stay in full precision: " + ", ".join(missed),
+            stacklevel=3,
+        )
 
 
 @torch.no_grad()
@@ -480,7 +490,8 @@ def build_model(name: str, classes: int, depth: int = 4, stem: str = "cifar") ->
         return model
     # With "cifar", blocks start as the identity [choice]: first steps threw a ResNet-50 far off.
     model = torchvision.models.get_model(
-        name, num_classes=classes, zero_init_residual=stem == "cifar")
+        name, num_classes=classes, zero_init_residual=stem == "cifar"
+    )
     if stem == "cifar":
         model.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
         model.maxpool = nn.Identity()
@@ -539,7 +550,7 @@ class Data:
         seed = draws.initial_seed() + 1
         streams = [torch.Generator().manual_seed(seed + k) for k in range(len(views))]
         for start in range(0, max(len(order) - batch_size, 0) + 1, batch_size):
-            index = order[start:start + batch_size]
+            index = order[start : start + batch_size]
             images = [self.view(index, view, own) for view, own in zip(views, streams)]
             yield *images, self.train_labels[index]
 
@@ -591,12 +602,12 @@ def make_data(args: argparse.Namespace, images: tuple, seed: int) -> Data:
         x, y, *_ = split(x, y, args.train_size, seed, "--train-size")
     tensors = [x, y, test_x, test_y]
     if args.dry_run:  # 64 to 127 images, evenly spaced as they may be sorted by class
-        tensors = [tensor[::max(1, len(tensor) // 64)] for tensor in tensors]
+        tensors = [tensor[:: max(1, len(tensor) // 64)] for tensor in tensors]
     fingerprint = 0
     for tensor in tensors:
         fingerprint = zlib.crc32(tensor.contiguous().numpy(), fingerprint)
     x = tensors[0]
-    pixels = x[::1 + len(x) // 10_000].float().div(255).flatten(0, 2)
+    pixels = x[:: 1 + len(x) // 10_000].float().div(255).flatten(0, 2)
     tensors[0] = F.pad(x, (0, 0, *[args.pad] * 4))
     tensors += [pixels.mean(0), pixels.std(0).clamp_min(1e-3)]
     tensors = [tensor.to(args.device) for tensor in tensors]
@@ -610,8 +621,10 @@ def split(x: Tensor, y: Tensor, size: int, seed: int, flag: str) -> tuple:
     """
     classes = int(y.max()) + 1
     if not classes <= size < len(y):
-        raise UsageError(f"{flag} {size} should be from {classes}, the number of classes, to "
-                         f"{len(y) - 1}, all training images but one")
+        raise UsageError(
+            f"{flag} {size} should be from {classes}, the number of classes, to "
+            f"{len(y) - 1}, all training images but one"
+        )
     order = torch.randperm(len(y), generator=torch.Generator().manual_seed(seed))
     by_class = order[y[order].argsort(stable=True)]  # in random order within each class
     rank = torch.cat([torch.arange(count) for count in y.bincount().tolist()])
@@ -643,8 +656,10 @@ def read_cifar(data_dir: Path, name: str) -> tuple:
             train = dataset(data_dir, train=True, download=True)
             test = dataset(data_dir, train=False, download=True)
     except Exception as error:  # torchvision and the network raise half a dozen kinds
-        raise UsageError(f"{name} cannot be read from {data_dir} or downloaded ({error}); try "
-                         "--dataset shapes, which needs no download") from None
+        raise UsageError(
+            f"{name} cannot be read from {data_dir} or downloaded ({error}); try "
+            "--dataset shapes, which needs no download"
+        ) from None
     arrays = [torch.as_tensor(a) for a in (train.data, train.targets, test.data, test.targets)]
     return name, train.classes, *arrays
 
@@ -653,8 +668,9 @@ class VisibleFolder(torchvision.datasets.ImageFolder):
     """Classes are the folders whose names do not begin with a dot (.ipynb_checkpoints does)."""
 
     def find_classes(self, directory):
-        names = sorted(p.name for p in Path(directory).iterdir()
-                       if p.is_dir() and not p.name.startswith("."))
+        names = sorted(
+            p.name for p in Path(directory).iterdir() if p.is_dir() and not p.name.startswith(".")
+        )
         return names, {name: i for i, name in enumerate(names)}
 
 
@@ -674,14 +690,20 @@ def read_folder(data_dir: Path, cache_dir: Path) -> tuple:
     try:
         parts = [VisibleFolder(data_dir / part) for part in ("train", "test")]
     except OSError as error:
-        raise UsageError(f"--data-dir {data_dir} should hold train/<class>/* and test/<class>/*: "
-                         f"{str(error).splitlines()[0]}") from None
+        raise UsageError(
+            f"--data-dir {data_dir} should hold train/<class>/* and test/<class>/*: "
+            f"{str(error).splitlines()[0]}"
+        ) from None
     names = parts[0].classes
     if names != parts[1].classes or len(names) < 2:
         raise UsageError(f"{data_dir} should have the same classes, two or more, in train and test")
     paths = [Path(path) for part in parts for path, _ in part.samples]
-    files = [file for part in ("train", "test") for name in names
-             for file in (data_dir / part / name).iterdir()]
+    files = [
+        file
+        for part in ("train", "test")
+        for name in names
+        for file in (data_dir / part / name).iterdir()
+    ]
     if len(files) > len(paths):
         say(f"{len(files) - len(paths)} of {len(files)} files are no images and are skipped")
     stamps = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
@@ -705,7 +727,7 @@ def read_folder(data_dir: Path, cache_dir: Path) -> tuple:
 def draw_shapes(train: int = 2560, test: int = 1000, seed: int = 0) -> tuple:
     """Ten classes: 0, 2, 3, 4 or 6 lobes, filled or hollow; else random, under noise.
 
-        bright where  inner < rho / (r (1 + 0.4 cos(lobes theta))) < 1,   inner = -1 or 0.55
+    bright where  inner < rho / (r (1 + 0.4 cos(lobes theta))) < 1,   inner = -1 or 0.55
     """
     rng = np.random.default_rng(seed)
     n = train + test
@@ -750,8 +772,9 @@ def gradient_of(loss: Tensor, params: list[Tensor], **options) -> Tensor:
     return torch.cat([g.flatten() for g in grads])
 
 
-def hessian_trace(loss_fn, params: list[Tensor], probes: int,
-                  generator: torch.Generator | None = None) -> tuple[float, float]:
+def hessian_trace(
+    loss_fn, params: list[Tensor], probes: int, generator: torch.Generator | None = None
+) -> tuple[float, float]:
     """Hutchinson's estimate of Tr(H), which noise penalises (Eq. 7), and its standard error.
 
     H is the Hessian of loss_fn() in all entries of `params`; of a quantized network, that of the
@@ -767,8 +790,9 @@ def hessian_trace(loss_fn, params: list[Tensor], probes: int,
     return samples.mean().item(), samples.std().item() / math.sqrt(probes)
 
 
-def hessian_top_eigenvalue(loss_fn, params: list[Tensor], iters: int,
-                           generator: torch.Generator | None = None) -> float:
+def hessian_top_eigenvalue(
+    loss_fn, params: list[Tensor], iters: int, generator: torch.Generator | None = None
+) -> float:
     """The eigenvalue of largest magnitude of the same H, by `iters` steps of power iteration."""
     gradient = gradient_of(loss_fn(), params, create_graph=True)
     hv = torch.zeros_like(gradient).normal_(generator=generator)
@@ -811,8 +835,9 @@ def gradient_ratio(loss: Tensor, cross_entropy: Tensor, model: nn.Module) -> flo
     return (added.norm() / own.norm()).item()
 
 
-def sam_loss(model: nn.Module, images: Tensor, labels: Tensor, rho: float,
-             label_smoothing: float = 0.0) -> Tensor:
+def sam_loss(
+    model: nn.Module, images: Tensor, labels: Tensor, rho: float, label_smoothing: float = 0.0
+) -> Tensor:
     """Sharpness-aware minimisation (Foret et al. 2021): the loss at w + rho g / |g|.
 
     g is the gradient at w. w are all parameters, step sizes as well [choice]. The shift is a
@@ -838,6 +863,7 @@ class Parser(argparse.ArgumentParser):
 
 def number(kind: type, low: float, high: float):
     """An argparse type: an int or a float, as `kind` says, from low to high; nan is refused."""
+
     def parse(text):
         try:
             value = kind(text)
@@ -847,6 +873,7 @@ def number(kind: type, low: float, high: float):
             word = "a whole number" if kind is int else "a number"
             raise argparse.ArgumentTypeError(f"{text!r} should be {word} from {low:g} to {high:g}")
         return value
+
     return parse
 
 
@@ -946,8 +973,10 @@ def parse(parser: Parser, methods: list[str], recipe: dict) -> argparse.Namespac
     try:
         torch.zeros(1, device=args.device).item()
     except (RuntimeError, AssertionError, ImportError) as error:
-        parser.error(f"--device {args.device} cannot be used here "
-                     f"({str(error).splitlines()[0]}); try --device cpu")
+        parser.error(
+            f"--device {args.device} cannot be used here "
+            f"({str(error).splitlines()[0]}); try --device cpu"
+        )
     if args.dry_run:
         args.out = args.out / "dry-run"
         args.fp_epochs = args.epochs = 1
@@ -1002,8 +1031,10 @@ def sgd(model: nn.Module, lr: float, weight_decay: float, **options) -> torch.op
     """SGD, momentum 0.9; no weight decay on quantizers' parameters, except on PACT's [choice]."""
     quantizers = quantizers_of(model).values()
     free = {p for q in quantizers if not q.decays for p in q.parameters()}
-    groups = [{"params": [p for p in model.parameters() if p not in free]},
-              {"params": [p for p in model.parameters() if p in free], "weight_decay": 0}]
+    groups = [
+        {"params": [p for p in model.parameters() if p not in free]},
+        {"params": [p for p in model.parameters() if p in free], "weight_decay": 0},
+    ]
     return torch.optim.SGD(groups, lr, momentum=0.9, weight_decay=weight_decay, **options)
 
 
@@ -1059,12 +1090,39 @@ class Progress:
 
 
 # What full precision depends on, so that all scripts and methods can share one network.
-FP_FLAGS = ["model", "depth", "stem", "augment", "pad", "batch_size", "fp_epochs", "fp_lr",
-            "fp_weight_decay"]
+FP_FLAGS = [
+    "model",
+    "depth",
+    "stem",
+    "augment",
+    "pad",
+    "batch_size",
+    "fp_epochs",
+    "fp_lr",
+    "fp_weight_decay",
+]
 # These do not shape training. Of the data a fingerprint is compared, and each run has one seed.
-NOT_SHAPING = ["out", "data_dir", "dataset", "train_size", "val", "device", "recipe", "bits", "seed",
-               "method", "ablate", "ablate_views", "diagnose", "more_bits", "resume", "dry_run",
-               "script", "command", "epochs_left"]
+NOT_SHAPING = [
+    "out",
+    "data_dir",
+    "dataset",
+    "train_size",
+    "val",
+    "device",
+    "recipe",
+    "bits",
+    "seed",
+    "method",
+    "ablate",
+    "ablate_views",
+    "diagnose",
+    "more_bits",
+    "resume",
+    "dry_run",
+    "script",
+    "command",
+    "epochs_left",
+]
 
 
 class Checkpoint:
@@ -1120,10 +1178,15 @@ class Checkpoint:
 
     def save(self) -> None:
         state = {name: part.state_dict() for name, part in self.parts.items()}
-        state |= {"settings": self.settings, "history": self.history, "results": self.results,
-                  "quantized": bool(quantizers_of(self.parts["model"])),
-                  "class_names": self.data.class_names, "mean": self.data.mean,
-                  "std": self.data.std}
+        state |= {
+            "settings": self.settings,
+            "history": self.history,
+            "results": self.results,
+            "quantized": bool(quantizers_of(self.parts["model"])),
+            "class_names": self.data.class_names,
+            "mean": self.data.mean,
+            "std": self.data.std,
+        }
         whole = io.BytesIO()  # as torch.save would hide why a file cannot be written
         torch.save(state, whole)
         write_whole(self.path, whole)
@@ -1166,19 +1229,24 @@ def end_epoch(checkpoint: Checkpoint, progress: Progress, **notes) -> None:
     acc, loss = evaluate(checkpoint.parts["model"], data, every)
     epoch = len(checkpoint.history) + 1
     if not all(math.isfinite(value) for value in (loss, *means.values())):
-        raise FloatingPointError(f"{checkpoint.method}: the loss is not finite in epoch {epoch}; "
-                                 "try a smaller --lr or, in full precision, --fp-lr")
+        raise FloatingPointError(
+            f"{checkpoint.method}: the loss is not finite in epoch {epoch}; "
+            "try a smaller --lr or, in full precision, --fp-lr"
+        )
     row = {"epoch": epoch, **means, "eval_loss": loss, "acc": acc, "seconds": seconds, **notes}
     checkpoint.history.append(row)
     checkpoint.save()
     args.epochs_left -= 1
     minutes = args.epochs_left * seconds / 60
-    say(f"{progress.name}  {progress}  {data.split} loss {loss:.4f}  acc {acc:5.2f} %  "
-        f"{seconds:.1f} s  whole command {minutes:.0f} min left")
+    say(
+        f"{progress.name}  {progress}  {data.split} loss {loss:.4f}  acc {acc:5.2f} %  "
+        f"{seconds:.1f} s  whole command {minutes:.0f} min left"
+    )
 
 
-def finish(checkpoint: Checkpoint, model: nn.Module | None = None, method: str | None = None,
-           **entries) -> dict:
+def finish(
+    checkpoint: Checkpoint, model: nn.Module | None = None, method: str | None = None, **entries
+) -> dict:
     """Evaluate the network, or `model`, on all test images; write and return a row of results.
 
     First, one fixed pass over the training images renews batch norm's statistics [choice]: those
@@ -1194,10 +1262,19 @@ def finish(checkpoint: Checkpoint, model: nn.Module | None = None, method: str |
         update_bn(data.batches(args.batch_size, draws, args.augment), model)
         acc, loss = evaluate(model, data)
         checkpoint.results[method] = checkpoint.settings | {
-            "script": args.script, "command": args.command, "dataset": data.name,
-            "classes": len(data.class_names), "split": data.split,
-            "train_size": len(data.train_labels), "method": method, "acc": acc, "loss": loss,
-            "history": checkpoint.history, "run": checkpoint.path.stem, **entries}
+            "script": args.script,
+            "command": args.command,
+            "dataset": data.name,
+            "classes": len(data.class_names),
+            "split": data.split,
+            "train_size": len(data.train_labels),
+            "method": method,
+            "acc": acc,
+            "loss": loss,
+            "history": checkpoint.history,
+            "run": checkpoint.path.stem,
+            **entries,
+        }
         checkpoint.save()
     row = checkpoint.results[method]
     record(args, row)
@@ -1210,8 +1287,14 @@ def record(args: argparse.Namespace, row: dict) -> None:
     run = f"{row['run']} {row['method']} W{row['wbits']}A{row['abits']}"
     processor = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
     row = dict(row)
-    row |= {"torch": torch.__version__, "threads": torch.get_num_threads(),
-                 "processor": processor, "device": args.device, "run": row.pop("run"), "row": run}
+    row |= {
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "processor": processor,
+        "device": args.device,
+        "run": row.pop("run"),
+        "row": run,
+    }
     line = json.dumps(row).encode() + b"\n"
     path = args.out / "results.jsonl"
     with lock(path), open(path, "a+b", buffering=0) as file:
@@ -1231,8 +1314,9 @@ def full_precision(args: argparse.Namespace, data: Data, seed: int) -> tuple[nn.
     """The full-precision network in eval mode and its result; trained once, then read."""
     flags = argparse.Namespace(**{flag: getattr(args, flag) for flag in FP_FLAGS})  # no others
     model, optimizer = new_network(flags, data, seed, args.device)
-    checkpoint = Checkpoint(args, data, "fp", seed, flags.fp_epochs, shared=True,
-                            model=model, optimizer=optimizer)
+    checkpoint = Checkpoint(
+        args, data, "fp", seed, flags.fp_epochs, shared=True, model=model, optimizer=optimizer
+    )
     steps = data.steps(flags.batch_size)
     for epoch in range(checkpoint.load(), flags.fp_epochs):
         model.train()
@@ -1299,8 +1383,10 @@ def print_by_epoch(names: list[str], histories: list[list[dict]], key: str, cell
 def print_table(rows: list[dict]) -> None:
     """A row per method and bits: accuracy, and its difference to the baseline of the same seed."""
     first = rows[0]
-    print(f"\n{first['dataset']}, {first['train_size']} training images, {first['model']}, "
-          f"{rows[-1]['quantizer']}, {first['augment']}; {first['split']} accuracy")
+    print(
+        f"\n{first['dataset']}, {first['train_size']} training images, {first['model']}, "
+        f"{rows[-1]['quantizer']}, {first['augment']}; {first['split']} accuracy"
+    )
     print(f"{'method':<24}{'W/A':<7}{'acc %':<16}{'vs baseline':<16}seeds    (± standard error)")
     groups = {}
     for row in rows:

@@ -34,10 +34,24 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 # FPQ's protocol, which the same authors follow, and our guesses [choice], the first three after the
 # mean teacher. On CIFAR-100 give --stem cifar; see fpq.py.
-PAPER = {"model": "resnet18", "dataset": "cifar10", "batch_size": 256, "lr": 0.01, "epochs": 200,
-         "weight_decay": 5e-4}
-GUESSES = {"lambda_max": 1.0, "ema": 0.999, "ramp_epochs": 5.0, "stem": "imagenet",
-           "fp_epochs": 200, "fp_lr": 0.1, "fp_weight_decay": 5e-4, "pad": 4}
+PAPER = {
+    "model": "resnet18",
+    "dataset": "cifar10",
+    "batch_size": 256,
+    "lr": 0.01,
+    "epochs": 200,
+    "weight_decay": 5e-4,
+}
+GUESSES = {
+    "lambda_max": 1.0,
+    "ema": 0.999,
+    "ramp_epochs": 5.0,
+    "stem": "imagenet",
+    "fp_epochs": 200,
+    "fp_lr": 0.1,
+    "fp_weight_decay": 5e-4,
+    "pad": 4,
+}
 VIEWS = ["none", "flip", "crop+flip", "crop+flip+noise", "crop+flip+colour"]
 
 
@@ -73,8 +87,9 @@ def parse_args() -> Namespace:
 # ------------------------------------------------------------------------------------- the method
 
 
-def consistency_loss(student_logits: Tensor, teacher_logits: Tensor,
-                     temperature: float = 1.0) -> Tensor:
+def consistency_loss(
+    student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0
+) -> Tensor:
     """L_con: how far the student's prediction is from the teacher's, as a mean over the batch.
 
         T^2 KL(p_T || p_S),   KL = sum over classes of p_T (log p_T - log p_S)
@@ -142,8 +157,14 @@ def two_view(student, average, network, views, labels, ramp, args):
     return (one + other) / 2
 
 
-def consistent(student: nn.Module, teacher: nn.Module, views: list[Tensor], labels: Tensor,
-               ramp: float, args: Namespace) -> Tensor:
+def consistent(
+    student: nn.Module,
+    teacher: nn.Module,
+    views: list[Tensor],
+    labels: Tensor,
+    ramp: float,
+    args: Namespace,
+) -> Tensor:
     """L = CE + lambda(t) L_con, with the prediction of any teacher on the second view."""
     logits = student(views[0])
     with torch.no_grad():
@@ -184,8 +205,9 @@ def hide_labels(data: Data, count: int, seed: int) -> tuple[Data, Data]:
     labels = torch.full_like(data.train_labels, -100)
     labels[keep] = data.train_labels[keep]
     mark = f"{data.fingerprint}-{count}"
-    labelled = replace(data, fingerprint=mark, train_labels=labels[keep],
-                       train_padded=data.train_padded[keep])
+    labelled = replace(
+        data, fingerprint=mark, train_labels=labels[keep], train_padded=data.train_padded[keep]
+    )
     return labelled, replace(data, fingerprint=mark, train_labels=labels)
 
 
@@ -200,15 +222,31 @@ def mixed_order(labels: Tensor, batch_size: int, draws: torch.Generator) -> Tens
     known = known[torch.randperm(len(known), generator=draws)]
     steps = max(1, len(known) // quarter)
     chosen = torch.randint(len(unknown), (steps, batch_size - quarter), generator=draws)
-    known = known.repeat(quarter)[:steps * quarter].reshape(steps, quarter)
+    known = known.repeat(quarter)[: steps * quarter].reshape(steps, quarter)
     return torch.cat([known, unknown[chosen]], 1).flatten()
+
+
+def epoch_batches(args: Namespace, data: Data, views: list[str], draws: torch.Generator):
+    """The batches of an epoch: (a list of the images in each view, labels)."""
+    order = None
+    if args.labels:
+        order = mixed_order(data.train_labels.cpu(), args.batch_size, draws)
+    for *images, labels in data.batches(args.batch_size, draws, *views, order=order):
+        yield [distort(image, view) for image, view in zip(images, views)], labels
 
 
 # ----------------------------------------------------------------------------------- the training
 
 
-def train(args: Namespace, data: Data, labelled: Data, method: str, seed: int, network: nn.Module,
-          name: str | None = None) -> tuple[nn.Module, list[dict]]:
+def train(
+    args: Namespace,
+    data: Data,
+    labelled: Data,
+    method: str,
+    seed: int,
+    network: nn.Module,
+    name: str | None = None,
+) -> tuple[nn.Module, list[dict]]:
     """From the full-precision `network` on: (quantized network, rows of results).
 
     labelled: the images of `data` that have labels. name: of the run, by default the method.
@@ -218,8 +256,9 @@ def train(args: Namespace, data: Data, labelled: Data, method: str, seed: int, n
     average = copy.deepcopy(student)
     optimizer = common.sgd(student, args.lr, args.weight_decay)
     name = name or method
-    checkpoint = Checkpoint(args, labelled, name, seed, args.epochs,
-                            model=student, optimizer=optimizer, average=average)
+    checkpoint = Checkpoint(
+        args, labelled, name, seed, args.epochs, model=student, optimizer=optimizer, average=average
+    )
     views = args.views or [args.augment]
     views = [args.augment] if method == "baseline" else [views[0], views[-1]]
     steps = labelled.steps(args.batch_size // 4 if args.labels else args.batch_size)
@@ -228,15 +267,11 @@ def train(args: Namespace, data: Data, labelled: Data, method: str, seed: int, n
         student.train()
         average.train()  # it normalises by its own batches [choice]
         draws = common.epoch_draws("method", seed, epoch)
-        order = mixed_order(data.train_labels.cpu(), args.batch_size, draws) if args.labels else None
         progress = Progress(f"{name:<9} seed {seed}  epoch {epoch + 1}/{args.epochs}", steps)
-        batches = data.batches(args.batch_size, draws, *views, order=order)
-        for i, (*images, labels) in enumerate(batches):
+        for i, (images, labels) in enumerate(epoch_batches(args, data, views, draws)):
             step = epoch * steps + i
-            # Learning rate: a cosine from --lr down to 0
+            # Learning rate: a cosine from --lr down to 0; the consistency term's weight: a ramp up
             common.set_rate(optimizer, args.lr * common.cosine(step, args.epochs * steps))
-            # Two views, and the weight of the consistency term, which grows
-            images = [distort(image, view) for image, view in zip(images, views)]
             ramp = ramp_up(step / steps, args.ramp_epochs)
             # Forward: the method returns its loss
             loss = METHODS[method](student, average, network, images, labels, ramp, args)
@@ -275,8 +310,15 @@ def share_changed(before: Tensor, model: nn.Module) -> dict[str, Tensor]:
     return {"changed": (weight_bins(model) != before).float().mean()}
 
 
-def figures_of_epoch(args: Namespace, data: Data, views: list[str], method: str,
-                     student: nn.Module, average: nn.Module, network: nn.Module) -> dict:
+def figures_of_epoch(
+    args: Namespace,
+    data: Data,
+    views: list[str],
+    method: str,
+    student: nn.Module,
+    average: nn.Module,
+    network: nn.Module,
+) -> dict:
     """The Hessian trace with its standard error, and the gradient ratio of the added term.
 
     The ratio is |gradient of the term| / |gradient of the cross-entropy| at the full weight.
@@ -286,8 +328,10 @@ def figures_of_epoch(args: Namespace, data: Data, views: list[str], method: str,
     *images, labels = next(data.batches(256, torch.Generator().manual_seed(0), *views))
     loss = METHODS[method](student, average, network, images, labels, 1.0, args)
     off = METHODS[method](student, average, network, images, labels, 0.0, args)
-    return {"ratio": common.gradient_ratio(loss, off, student),
-            "trace": common.sharpness(student, data)}
+    return {
+        "ratio": common.gradient_ratio(loss, off, student),
+        "trace": common.sharpness(student, data),
+    }
 
 
 @torch.no_grad()
@@ -311,6 +355,7 @@ def sensitivity(model: nn.Module, data: Data, place: str, sigma: float) -> tuple
     The noise is Gaussian, of standard deviation sigma. place: "input", on the normalised images, or
     "weight", on the quantized weights, where it is relative to the layer's standard deviation.
     """
+
     def on_input(module, inputs):
         return inputs[0] + sigma * torch.randn_like(inputs[0])
 
@@ -349,7 +394,9 @@ def diagnose(data: Data, trained: dict[str, tuple]) -> None:
     print("\n% of weights that change their integer in a step, mean of the epoch")
     common.print_by_epoch(trained, histories, "changed", lambda changed: f"{100 * changed:.3f}")
     print("\nHessian trace ± its standard error, after each epoch")
-    common.print_by_epoch(trained, histories, "trace", lambda trace: "{:.0f} ± {:.0f}".format(*trace))
+    common.print_by_epoch(
+        trained, histories, "trace", lambda trace: "{:.0f} ± {:.0f}".format(*trace)
+    )
     print("\n|gradient of the consistency term| / |gradient of the cross-entropy|, full weight")
     common.print_by_epoch(trained, histories, "ratio", lambda ratio: f"{ratio:.3f}")
 

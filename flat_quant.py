@@ -34,9 +34,19 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 # The authors' later code, and our guesses [choice].
-PAPER = {"model": "resnet18", "dataset": "cifar100", "batch_size": 256, "fp_lr": 0.015,
-         "fp_weight_decay": 5e-4, "fp_epochs": 120, "ramp_epochs": 20.0, "pad": 4,
-         "label_smoothing": 0.1, "swa_rate": 0.01, "noise_lambda": 1.0}
+PAPER = {
+    "model": "resnet18",
+    "dataset": "cifar100",
+    "batch_size": 256,
+    "fp_lr": 0.015,
+    "fp_weight_decay": 5e-4,
+    "fp_epochs": 120,
+    "ramp_epochs": 20.0,
+    "pad": 4,
+    "label_smoothing": 0.1,
+    "swa_rate": 0.01,
+    "noise_lambda": 1.0,
+}
 GUESSES = {"stem": "cifar"}
 
 MORE_BITS = [(8, 8), (4, 4), (3, 4), (2, 4), (2, 2)]
@@ -102,8 +112,12 @@ def error_decomposition(layer: nn.Module, x: Tensor) -> dict[str, float]:
     aqe = from_x.square().sum() / scale
     wqe = from_w.square().sum() / scale
     total = (from_x + from_w + from_both).square().sum() / scale
-    return {"AQE": aqe.item(), "WQE": wqe.item(), "cross": (total - aqe - wqe).item(),
-            "total": total.item()}
+    return {
+        "AQE": aqe.item(),
+        "WQE": wqe.item(),
+        "cross": (total - aqe - wqe).item(),
+        "total": total.item(),
+    }
 
 
 def excess_kurtosis(t: Tensor) -> float:
@@ -155,8 +169,10 @@ class DifferentialWeightNoise:
         for w, bits in self.bits.items():
             error = quantization_error(w, Quantizer(bits, channels=len(w)))
             within = tuple(range(1, w.dim()))
-            self.statistics[w] = (error.mean(within, keepdim=True),
-                                  error.std(within, correction=0, keepdim=True))
+            self.statistics[w] = (
+                error.mean(within, keepdim=True),
+                error.std(within, correction=0, keepdim=True),
+            )
 
     @torch.no_grad()
     def add(self, strength: float) -> None:
@@ -208,8 +224,9 @@ class ActivationNoise:
     at the outputs of ReLUs], not at attention's products, which have no weights.
     """
 
-    def __init__(self, model: nn.Module, bits: int, rho: float, quantizer: str = "lsq",
-                 mask: str = "uniform"):
+    def __init__(
+        self, model: nn.Module, bits: int, rho: float, quantizer: str = "lsq", mask: str = "uniform"
+    ):
         self.model = model
         self.rho = rho
         self.mask = mask
@@ -253,6 +270,7 @@ class ActivationNoise:
 
     def injected(self, strength: float):
         """A context in which every layer's input is perturbed; strength is lambda."""
+
         def before(layer, inputs):
             mean, std = self.statistics[layer]
             return self.perturb(inputs[0], mean, std, strength)
@@ -273,11 +291,23 @@ def sam(model: nn.Module, images: Tensor, labels: Tensor, args: Namespace) -> Te
     return common.sam_loss(model, images, labels, args.sam_rho, args.label_smoothing)
 
 
-METHODS = {"sgd": plain, "weight": plain, "additive": plain, "isotropic": plain,
-           "wrong-bits": plain, "activation": plain, "weight+activation": plain, "sam": sam}
-WEIGHT_NOISES = {"weight": DifferentialWeightNoise, "weight+activation": DifferentialWeightNoise,
-                 "additive": AdditiveWeightNoise, "isotropic": IsotropicWeightNoise,
-                 "wrong-bits": DifferentialWeightNoise}
+METHODS = {
+    "sgd": plain,
+    "weight": plain,
+    "additive": plain,
+    "isotropic": plain,
+    "wrong-bits": plain,
+    "activation": plain,
+    "weight+activation": plain,
+    "sam": sam,
+}
+WEIGHT_NOISES = {
+    "weight": DifferentialWeightNoise,
+    "weight+activation": DifferentialWeightNoise,
+    "additive": AdditiveWeightNoise,
+    "isotropic": IsotropicWeightNoise,
+    "wrong-bits": DifferentialWeightNoise,
+}
 
 
 # ----------------------------------------------------------------------------------- the training
@@ -292,6 +322,11 @@ def learning_rate(args: Namespace, step: int, total: int) -> float:
     return max(cosine, args.swa_rate)
 
 
+def linear_ramp(t: float, T: float) -> float:
+    """t / T, at most 1; t and T in epochs."""
+    return min(1, t / T) if T else 1.0
+
+
 def train(args: Namespace, data: Data, method: str, seed: int) -> dict[str, tuple]:
     """One run from an untrained network on: {method: (network, row), method+swa: (average, row)}.
 
@@ -302,8 +337,9 @@ def train(args: Namespace, data: Data, method: str, seed: int) -> dict[str, tupl
     bits = args.noise_bits if method == "wrong-bits" else args.wbits
     weight_noise = WEIGHT_NOISES.get(method, DifferentialWeightNoise)(model, bits)
     activation_noise = ActivationNoise(model, args.abits, args.rho, args.quantizer, args.mask)
-    checkpoint = Checkpoint(args, data, method, seed, args.fp_epochs,
-                            model=model, optimizer=optimizer, average=average)
+    checkpoint = Checkpoint(
+        args, data, method, seed, args.fp_epochs, model=model, optimizer=optimizer, average=average
+    )
     steps = data.steps(args.batch_size)
     total = args.fp_epochs * steps
 
@@ -319,10 +355,8 @@ def train(args: Namespace, data: Data, method: str, seed: int) -> dict[str, tupl
         for i, (images, labels) in enumerate(data.batches(args.batch_size, draws, args.augment)):
             step = epoch * steps + i
             # Learning rate, and strength of the noise: lambda, after a linear ramp
-            rate = optimizer.defaults["lr"] * learning_rate(args, step, total)
-            common.set_rate(optimizer, rate)
-            ramp = min(1, step / steps / args.ramp_epochs) if args.ramp_epochs else 1
-            strength = args.noise_lambda * ramp
+            common.set_rate(optimizer, optimizer.defaults["lr"] * learning_rate(args, step, total))
+            strength = args.noise_lambda * linear_ramp(step / steps, args.ramp_epochs)
             # Noise added: the weights become w + n_t
             weight_noise.add(strength)
             # Gradient at w + n_t, with noise on the activations
@@ -374,10 +408,20 @@ def quantized_rows(args: Namespace, data: Data, network: nn.Module, row: dict) -
         acc, loss = common.evaluate(quantized, data)
         common.update_bn([data.sample(100)[0]], quantized)
         acc_batch_norm, _ = common.evaluate(quantized, data)
-        rows.append(row | flatness | {
-            "quantizer": args.quantizer, "wbits": wbits, "abits": abits,
-            "noise_wbits": args.wbits, "noise_abits": args.abits,
-            "acc": acc, "loss": loss, "acc_batch_norm": acc_batch_norm})
+        rows.append(
+            row
+            | flatness
+            | {
+                "quantizer": args.quantizer,
+                "wbits": wbits,
+                "abits": abits,
+                "noise_wbits": args.wbits,
+                "noise_abits": args.abits,
+                "acc": acc,
+                "loss": loss,
+                "acc_batch_norm": acc_batch_norm,
+            }
+        )
         common.record(args, rows[-1])
     return rows
 
@@ -388,10 +432,14 @@ def print_ptq_table(rows: list[dict]) -> None:
     Differences are to the first method at the same bits and seed.
     """
     first = rows[0]
-    print(f"\n{first['dataset']}, {first['train_size']} training images, {first['model']}, "
-          f"{first['augment']}; {first['split']} accuracy %, mean ± standard error")
-    print(f"{'method':<22}{'W/A':<7}{'acc %':<15}{'vs ' + first['method']:<17}"
-          f"{'new batch norm':<16}{'vs ' + first['method']:<17}seeds")
+    print(
+        f"\n{first['dataset']}, {first['train_size']} training images, {first['model']}, "
+        f"{first['augment']}; {first['split']} accuracy %, mean ± standard error"
+    )
+    print(
+        f"{'method':<22}{'W/A':<7}{'acc %':<15}{'vs ' + first['method']:<17}"
+        f"{'new batch norm':<16}{'vs ' + first['method']:<17}seeds"
+    )
     groups = {}
     for row in rows:
         accs = (row["acc"], row.get("acc_batch_norm", row["acc"]))
@@ -413,15 +461,21 @@ def print_errors(args: Namespace, data: Data, network: nn.Module) -> None:
     images, _ = data.sample(100)
     quantized = ptq(args, data, network, args.wbits, args.abits)
     inputs = layer_inputs(network, images)
-    print(f"\n{args.method[0]}, last seed: errors at W{args.wbits}A{args.abits} over ||W x||^2, and "
-          "their shape\n(Gaussian: excess kurtosis 0; independent: correlation 0)")
+    print(
+        f"\n{args.method[0]}, last seed: errors at W{args.wbits}A{args.abits} over ||W x||^2, and "
+        "their shape\n(Gaussian: excess kurtosis 0; independent: correlation 0)"
+    )
     common.print_row("AQE", "WQE", "cross", "total", "kurt. dW", "kurt. dx", "corr(dW, W)", "layer")
     for name, layer in weight_layers(quantized).items():
         dw = layer.weight_quantizer(layer.weight) - layer.weight
         dx = layer.input_quantizer(inputs[name]) - inputs[name]
         pair = torch.stack([layer.weight.flatten(), dw.flatten()])
-        figures = [*error_decomposition(layer, inputs[name]).values(), excess_kurtosis(dw),
-                   excess_kurtosis(dx), torch.corrcoef(pair)[0, 1].item()]
+        figures = [
+            *error_decomposition(layer, inputs[name]).values(),
+            excess_kurtosis(dw),
+            excess_kurtosis(dx),
+            torch.corrcoef(pair)[0, 1].item(),
+        ]
         common.print_row(*[f"{figure:.4f}" for figure in figures], name)
 
 

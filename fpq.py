@@ -33,8 +33,15 @@ from torch import Tensor, nn
 
 # Section 4 of the paper, and what it does not say: our guesses [choice]. We infer the stem from the
 # published accuracy in full precision, which fits it on CIFAR-10; on CIFAR-100 give --stem cifar.
-PAPER = {"model": "resnet18", "dataset": "cifar10", "batch_size": 256, "lr": 0.01, "epochs": 200,
-         "weight_decay": 5e-4, "p": 0.1}
+PAPER = {
+    "model": "resnet18",
+    "dataset": "cifar10",
+    "batch_size": 256,
+    "lr": 0.01,
+    "epochs": 200,
+    "weight_decay": 5e-4,
+    "p": 0.1,
+}
 GUESSES = {"stem": "imagenet", "fp_epochs": 200, "fp_lr": 0.1, "fp_weight_decay": 5e-4, "pad": 4}
 
 
@@ -63,8 +70,9 @@ def parse_args() -> Namespace:
 # ------------------------------------------------------------------------------------- the method
 
 
-def stochastic_feature_perturbation(x: Tensor, step_size: Tensor, p: float,
-                                    generator: torch.Generator | None = None) -> Tensor:
+def stochastic_feature_perturbation(
+    x: Tensor, step_size: Tensor, p: float, generator: torch.Generator | None = None
+) -> Tensor:
     """SFP, Eq. 9 and 14: with probability p x + delta, else x.
 
         delta ~ U[-s/2, s/2] for each element
@@ -118,6 +126,7 @@ def perturbed(student: nn.Module, p: float, noise_at: str = "operand"):
     becomes stochastic. "weight": on the quantized weights instead, as Fig. 2 compares. Attention's
     products of two features get noise on both [choice]. Layers in full precision get none.
     """
+
     def after(quantizer, inputs, x_hat):
         step_size, _ = quantizer.grid(x_hat)
         return stochastic_feature_perturbation(x_hat, step_size, p)  # Eq. 16
@@ -157,15 +166,18 @@ def layer_outputs(model: nn.Module) -> Iterator[list[Tensor]]:
     with hooked(hidden_layers(model), after=keep):
         yield outputs
     if [z._version for z in outputs] != versions:
-        raise RuntimeError("the output of a layer was changed in place, by nn.ReLU(inplace=True) "
-                           "perhaps; distillation needs it as it was")
+        raise RuntimeError(
+            "the output of a layer was changed in place, by nn.ReLU(inplace=True) "
+            "perhaps; distillation needs it as it was"
+        )
 
 
 # Each method is a function that returns the loss of a batch. All start from the same network.
 
 
-def baseline(student: nn.Module, teacher: nn.Module, images: Tensor, labels: Tensor,
-             args: Namespace) -> Tensor:
+def baseline(
+    student: nn.Module, teacher: nn.Module, images: Tensor, labels: Tensor, args: Namespace
+) -> Tensor:
     """QAT with the quantizer and nothing else."""
     return F.cross_entropy(student(images), labels)
 
@@ -195,14 +207,17 @@ def fpq(student, teacher, images, labels, args):
 def kd(student, teacher, images, labels, args):
     """A rival, the tables' KD row: distillation of logits (Hinton et al. 2015).
 
-        L = L_CE + weight T^2 KL(teacher || student),   of softmax(logits / T)
+    L = L_CE + weight T^2 KL(teacher || student),   of softmax(logits / T)
     """
     logits = student(images)
     with torch.no_grad():
         target = teacher(images)
-    divergence = F.kl_div((logits / args.kd_temperature).log_softmax(1),
-                          (target / args.kd_temperature).log_softmax(1),
-                          log_target=True, reduction="batchmean")
+    divergence = F.kl_div(
+        (logits / args.kd_temperature).log_softmax(1),
+        (target / args.kd_temperature).log_softmax(1),
+        log_target=True,
+        reduction="batchmean",
+    )
     return F.cross_entropy(logits, labels) + args.kd_weight * args.kd_temperature**2 * divergence
 
 
@@ -217,15 +232,17 @@ METHODS = {"baseline": baseline, "sfp": sfp, "csd": csd, "fpq": fpq, "kd": kd, "
 # ----------------------------------------------------------------------------------- the training
 
 
-def train(args: Namespace, data: Data, method: str, seed: int,
-          network: nn.Module) -> tuple[nn.Module, dict]:
+def train(
+    args: Namespace, data: Data, method: str, seed: int, network: nn.Module
+) -> tuple[nn.Module, dict]:
     """Algorithm 1, from the full-precision `network` on: (quantized network, row of results)."""
     teacher = network
     student = quantize(network, args.wbits, args.abits, args.quantizer)
     calibrate(student, data.sample(100)[0])  # Eq. 4-5
     optimizer = common.sgd(student, args.lr, args.weight_decay)
-    checkpoint = Checkpoint(args, data, method, seed, args.epochs,
-                            model=student, optimizer=optimizer)
+    checkpoint = Checkpoint(
+        args, data, method, seed, args.epochs, model=student, optimizer=optimizer
+    )
     steps = data.steps(args.batch_size)
 
     for epoch in range(checkpoint.load(), args.epochs):
@@ -253,8 +270,9 @@ def train(args: Namespace, data: Data, method: str, seed: int,
 # ----------------------------------------------------------------- the paper's figures as numbers
 
 
-def figures_of_epoch(args: Namespace, data: Data, method: str, student: nn.Module,
-                     teacher: nn.Module) -> dict:
+def figures_of_epoch(
+    args: Namespace, data: Data, method: str, student: nn.Module, teacher: nn.Module
+) -> dict:
     """Fig. 2: |gradient| in the layers' weights; Fig. 5: Hessian trace and its standard error.
 
     ratio: the added term's gradient over the cross-entropy's. All are of 256 training images.
@@ -267,9 +285,11 @@ def figures_of_epoch(args: Namespace, data: Data, method: str, student: nn.Modul
     torch.manual_seed(0)  # the same noise
     plain = Namespace(**vars(args) | {"csd_weight": 0.0, "kd_weight": 0.0})
     cross_entropy = METHODS[method](student, teacher, images, labels, plain)
-    return {"gradient": common.gradient_of(loss, weights, retain_graph=True).norm().item(),
-            "ratio": common.gradient_ratio(loss, cross_entropy, student),
-            "trace": common.sharpness(student, data)}
+    return {
+        "gradient": common.gradient_of(loss, weights, retain_graph=True).norm().item(),
+        "ratio": common.gradient_ratio(loss, cross_entropy, student),
+        "trace": common.sharpness(student, data),
+    }
 
 
 @torch.no_grad()
@@ -313,8 +333,10 @@ def diagnose(data: Data, network: nn.Module, trained: dict[str, tuple]) -> None:
     common.print_row("sigma", "fp", *trained)
     for sigma in (0.05, 0.1, 0.2, 0.4):
         common.print_row(sigma, *[f"{output_variance(m, images, sigma):.4f}" for m in models])
-    print("\nFig. 2: norm of the loss gradient in the weights, after each epoch\n"
-          "        (the paper compares sfp with sfp --noise-at weight)")
+    print(
+        "\nFig. 2: norm of the loss gradient in the weights, after each epoch\n"
+        "        (the paper compares sfp with sfp --noise-at weight)"
+    )
     common.print_by_epoch(trained, histories, "gradient", lambda norm: f"{norm:.3f}")
     values = [relu_output(model, images) for model in models]
     print("\nFig. 3: a channel's mean and largest value, at the input of the second layer")
@@ -331,7 +353,9 @@ def diagnose(data: Data, network: nn.Module, trained: dict[str, tuple]) -> None:
         start = low + (high - low) * i / 12
         common.print_row(f"{start:.2f}", *[f"{share[i]:.1f}" for share in shares])
     print("\nFig. 5: Hessian trace ± its standard error, after each epoch")
-    common.print_by_epoch(trained, histories, "trace", lambda trace: "{:.0f} ± {:.0f}".format(*trace))
+    common.print_by_epoch(
+        trained, histories, "trace", lambda trace: "{:.0f} ± {:.0f}".format(*trace)
+    )
     print("\ngradient of the added term / gradient of the cross-entropy, after each epoch")
     common.print_by_epoch(trained, histories, "ratio", lambda ratio: f"{ratio:.3f}")
 

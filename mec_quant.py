@@ -37,8 +37,14 @@ from torch import Tensor, nn
 
 # FPQ's protocol, which the same authors follow, and our guesses [choice]. On CIFAR-100 give
 # --stem cifar; see fpq.py.
-PAPER = {"model": "resnet18", "dataset": "cifar10", "batch_size": 256, "lr": 0.01, "epochs": 200,
-         "weight_decay": 5e-4}
+PAPER = {
+    "model": "resnet18",
+    "dataset": "cifar10",
+    "batch_size": 256,
+    "lr": 0.01,
+    "epochs": 200,
+    "weight_decay": 5e-4,
+}
 GUESSES = {"stem": "imagenet", "fp_epochs": 200, "fp_lr": 0.1, "fp_weight_decay": 5e-4, "pad": 4}
 ORDERS = [2, 4, 8]  # of the series that --diagnose compares with the exact value
 
@@ -89,7 +95,7 @@ def normalized_rows(features: Tensor) -> Tensor:
 def series_logdet(c: Tensor, order: int) -> Tensor:
     """Taylor series of log det(I + C), for a spectral norm of C below 1.
 
-        sum_{k=1..order} (-1)^(k+1) / k tr(C^k)
+    sum_{k=1..order} (-1)^(k+1) / k tr(C^k)
     """
     power = c
     total = torch.diagonal(c).sum()
@@ -111,8 +117,9 @@ def exact_logdet(c: Tensor, symmetric: bool) -> Tensor:
     return torch.linalg.slogdet(identity + c).logabsdet
 
 
-def coding_length(z1: Tensor, z2: Tensor | None = None, *, eps2: float,
-                  order: int | None = None) -> Tensor:
+def coding_length(
+    z1: Tensor, z2: Tensor | None = None, *, eps2: float, order: int | None = None
+) -> Tensor:
     """L(Z1, Z2): length in nats of a code for m rows of d features, normalised.
 
         L = mu log det(I + lambda Z1^T Z2),   mu = (m + d) / 2,   lambda = 1 / (m eps_d^2)
@@ -140,8 +147,11 @@ def series_converges(c: Tensor, order: int) -> bool:
         return True
     norm = torch.linalg.matrix_norm(c.detach(), 2).item()
     if norm >= 1:
-        warnings.warn("the coding length's series diverges (spectral norm 1 or more), so the exact "
-                      "value is used; give a larger --eps2, or leave --order out", stacklevel=3)
+        warnings.warn(
+            "the coding length's series diverges (spectral norm 1 or more), so the exact "
+            "value is used; give a larger --eps2, or leave --order out",
+            stacklevel=3,
+        )
     return norm < 1
 
 
@@ -207,8 +217,9 @@ def penultimate(model: nn.Module, features: str = "float") -> Iterator[list[Tens
 # Each method is a function that returns the loss of a batch. All start from the same network.
 
 
-def baseline(student: nn.Module, teacher: nn.Module, images: Tensor, labels: Tensor,
-             args: Namespace) -> Tensor:
+def baseline(
+    student: nn.Module, teacher: nn.Module, images: Tensor, labels: Tensor, args: Namespace
+) -> Tensor:
     """QAT with the quantizer and nothing else."""
     return F.cross_entropy(student(images), labels)
 
@@ -251,22 +262,29 @@ def random(student, teacher, images, labels, args):
     return mixture(student, images, labels, args, random_gates)
 
 
-METHODS = {"baseline": baseline, "mec": mec, "mec-quant": mec_quant, "branch": branch,
-           "random": random}
+METHODS = {
+    "baseline": baseline,
+    "mec": mec,
+    "mec-quant": mec_quant,
+    "branch": branch,
+    "random": random,
+}
 
 
 # ----------------------------------------------------------------------------------- the training
 
 
-def train(args: Namespace, data: Data, method: str, seed: int,
-          network: nn.Module) -> tuple[nn.Module, dict]:
+def train(
+    args: Namespace, data: Data, method: str, seed: int, network: nn.Module
+) -> tuple[nn.Module, dict]:
     """From the full-precision `network` on: (quantized network, row of results)."""
     teacher = network
     student = quantize(network, args.wbits, args.abits, args.quantizer)
     calibrate(student, data.sample(100)[0])
     optimizer = common.sgd(student, args.lr, args.weight_decay)
-    checkpoint = Checkpoint(args, data, method, seed, args.epochs,
-                            model=student, optimizer=optimizer)
+    checkpoint = Checkpoint(
+        args, data, method, seed, args.epochs, model=student, optimizer=optimizer
+    )
     steps = data.steps(args.batch_size)
 
     for epoch in range(checkpoint.load(), args.epochs):
@@ -303,8 +321,9 @@ def features_of(model: nn.Module, data: Data) -> Tensor:
     return features[0]
 
 
-def figures_of_epoch(args: Namespace, data: Data, method: str, student: nn.Module,
-                     teacher: nn.Module) -> dict:
+def figures_of_epoch(
+    args: Namespace, data: Data, method: str, student: nn.Module, teacher: nn.Module
+) -> dict:
     """ratio: |gradient of the term| / |gradient of the cross-entropy|, of 256 training images.
 
     series: the spectral norm of C, then the relative error of the series of each of ORDERS.
@@ -313,8 +332,10 @@ def figures_of_epoch(args: Namespace, data: Data, method: str, student: nn.Modul
     images, labels = data.sample(256)
     loss = METHODS[method](student, teacher, images, labels, args)
     cross_entropy = baseline(student, teacher, images, labels, args)
-    return {"ratio": common.gradient_ratio(loss, cross_entropy, student),
-            "series": series_errors(features_of(student, data), args.eps2)}
+    return {
+        "ratio": common.gradient_ratio(loss, cross_entropy, student),
+        "series": series_errors(features_of(student, data), args.eps2),
+    }
 
 
 def series_errors(features: Tensor, eps2: float) -> list[float]:
