@@ -741,7 +741,7 @@ def draw_shapes(train: int = 2560, test: int = 1000, seed: int = 0) -> tuple:
     edge = (6 + 4 * size) * (1 + 0.4 * np.cos(lobes * theta))
     rho = np.hypot(dx, dy) / edge
     bright = (rho > inner) & (rho < 1)
-    image = rng.normal(0.3 + 0.4 * bright[..., None], 0.2, (n, 32, 32, 3)).clip(0, 1)
+    image = rng.normal(0.3 + 0.4 * bright[..., None], 0.27, (n, 32, 32, 3)).clip(0, 1)
     x = torch.from_numpy((255 * image).astype(np.uint8))
     y = torch.from_numpy(kind)
     names = [f"{n} lobes, {fill}" for fill in ("filled", "hollow") for n in (0, 2, 3, 4, 6)]
