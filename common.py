@@ -1,9 +1,9 @@
-"""What the four scripts share, and no method: quantizers, networks, data, flatness, runs.
+"""What the four scripts share: quantizers, networks, data, flatness, runs.
 
-Equation numbers are those of FPQ (arXiv 2503.11159), whose protocol all four scripts follow.
-[choice] marks a decision of ours. To read a paper you need section 1; section 5 can wait.
+Equation numbers are those of FPQ (arXiv 2503.11159), whose quantizers all four scripts use.
+[choice] marks a decision of ours.
 
-    1. Quantizers    fake_quantize, Quantizer, quantize, calibrate, export_int
+    1. Quantizers    what a reader of a paper needs: fake_quantize, Quantizer, quantize, calibrate
     2. Networks      build_model
     3. Data          read_images, make_data, Data
     4. Evaluation    evaluate, hessian_trace, hessian_top_eigenvalue, sam_loss
@@ -12,8 +12,8 @@ Equation numbers are those of FPQ (arXiv 2503.11159), whose protocol all four sc
 
 import os
 
-# OpenMP's threads spin while they wait, which starves a machine that is not idle. A short spin
-# is as fast on an idle one. The variable is read when torch is imported, so it comes first.
+# Threads of OpenMP spin while they wait for work, which starves other programs. A short spin costs
+# nothing on an idle machine. OpenMP reads this variable when torch is imported, so it comes first.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import argparse
@@ -67,19 +67,21 @@ def fake_quantize(
         x_int = clip(round(x/s) + z, q_min, q_max)
         x_hat = (x_int - z) * s
 
-    The straight-through estimator takes the derivative of rounding as 1, so that
+    The straight-through estimator takes the derivative of rounding as 1. An x is inside the grid if
+    q_min < x/s + z < q_max.
 
-        dx_hat/dx = 1                   inside, where q_min < x/s + z < q_max; else 0
+        dx_hat/dx = 1                   inside
+        dx_hat/dx = 0                   outside, where the value is clipped
         dx_hat/ds = x_hat/s - x/s       inside
-        dx_hat/ds = x_hat/s             outside: q_min - z below, q_max - z above
+        dx_hat/ds = x_hat/s             outside: this is q_min - z below, q_max - z above
 
-    The gradient of s is summed over the elements that share s, times grad_scale.
+    The gradient of s is summed over the elements that share s, and multiplied by grad_scale.
     """
     return FakeQuantize.apply(x, step_size, zero_point, qmin, qmax, grad_scale)
 
 
 class FakeQuantize(torch.autograd.Function):
-    """The forward and backward pass of `fake_quantize`."""
+    """Forward and backward of `fake_quantize`, in plain operations: it can be derived twice."""
 
     @staticmethod
     def forward(ctx, x, step_size, zero_point, qmin, qmax, grad_scale):
@@ -94,10 +96,10 @@ class FakeQuantize(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         x, x_hat, step_size, zero_point = ctx.saved_tensors
-        # The derivative of a hard tanh is 1 inside the bounds and 0 outside: one pass over memory.
+        # grad * dx_hat/dx: grad inside and 0 outside, as in the backward pass of a hard tanh
         v = (x / step_size).add_(zero_point)
         grad_x = torch.ops.aten.hardtanh_backward(grad, v, ctx.qmin, ctx.qmax)
-        # grad_x is grad inside and 0 outside, so this covers both lines of dx_hat/ds.
+        # grad * dx_hat/ds: grad (x_hat - x) / s inside; grad x_hat / s outside, where grad_x is 0
         grad_s = (grad * x_hat - grad_x * x).sum_to_size(step_size.shape) / step_size
         return grad_x, grad_s * ctx.grad_scale, None, None, None, None
 
@@ -105,13 +107,15 @@ class FakeQuantize(torch.autograd.Function):
 class Quantizer(nn.Module):
     """LSQ: a learned step size and a fixed zero point, for integers from 0 to qmax = 2^bits - 1.
 
-    One pair serves the whole tensor or, with `channels`, each channel (dim 0). Only the magnitude
-    of step_size counts. It is NaN until `calibrate`. One bit is for activations only, which are
-    then 0 or s. At 8 bits the step size is a buffer and stays as calibrated [choice]: LSQ would
-    make it grow until few levels are used. Raises ValueError for other bits.
+    One pair serves the whole tensor or, with `channels`, each channel (dim 0): the paper has one
+    for each output channel of a weight and one for all activations of a layer. Only the magnitude
+    of step_size counts. Both are NaN until `calibrate`. One bit is for activations only.
+
+    At 8 bits the step size is a buffer and stays as calibrated [choice]. LSQ's steps are too large
+    for it: in our trials it grew ninefold. Raises ValueError for other bits.
     """
 
-    decays = False  # whether weight decay applies to the learned parameters [choice]
+    decays = False  # no weight decay on step sizes [choice]; see `sgd`
 
     def __init__(self, bits: int, channels: int | None = None):
         super().__init__()
@@ -123,7 +127,7 @@ class Quantizer(nn.Module):
         self.qmax = 2**bits - 1
         shape = [channels] if channels else []
         self.learn("step_size", torch.full(shape, math.nan))
-        self.register_buffer("zero_point", torch.zeros(shape))
+        self.register_buffer("zero_point", torch.full(shape, math.nan))
 
     def learn(self, name: str, value: Tensor) -> None:
         """Make self.`name` a parameter or, at 8 bits, a buffer."""
@@ -135,7 +139,7 @@ class Quantizer(nn.Module):
     def grid(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Positive step size and zero point, shaped to broadcast against x."""
         # Only on the CPU: elsewhere the test would wait for the device in each training step.
-        if self.step_size.device.type == "cpu" and self.step_size.isnan().any():
+        if self.zero_point.device.type == "cpu" and self.zero_point.isnan().any():
             raise RuntimeError("no step size yet: first call common.calibrate(qmodel, images)")
         shape = [-1] + [1] * (x.dim() - 1) if self.channels else []
         step_size = self.step_size.abs().clamp_min(TINY).reshape(shape)
@@ -144,8 +148,9 @@ class Quantizer(nn.Module):
     def grad_scale(self, x: Tensor) -> float:
         """LSQ's 1 / sqrt(N q_max), where N elements of x share a step size.
 
-        For activations LSQ's text counts one image, MQBench and we count the batch [choice]. For
-        weights q_max is 2^bits - 1 as well, because our grid is not LSQ's signed one [choice].
+        For activations N counts the whole batch, as in MQBench, the library that the papers build
+        on. LSQ's text counts one image [choice]. For weights q_max is 2^bits - 1 as well, because
+        our grid is not LSQ's signed one [choice].
         """
         sharing = max(1, x.numel() // self.step_size.numel())
         return (sharing * self.qmax) ** -0.5
@@ -161,18 +166,19 @@ class Quantizer(nn.Module):
             s = a S,   S = (x_max - x_min) / q_max     Eq. 4
             z = round(q_max - x_max / S)               Eq. 5
 
-        The paper has a = 1. Of the `candidates` a = 1, 0.99, 0.98, ... we take the one with the
-        least squared error [choice]. The range always holds 0 [choice], so that padding and the
-        zeros of a ReLU stay exact.
+        S and z stay; the paper has a = 1. Of `candidates` values a = 1, 0.99, 0.98, ... we take the
+        one with the least squared error [choice]. The range always holds 0 [choice], so that
+        padding and the zeros of a ReLU stay exact.
         """
         rows = spaced_values(x, self.channels or 1)
         low = rows.amin(1).clamp_max(0)
         high = rows.amax(1).clamp_min(0)
-        # A channel of zeros has no range. It takes the widest of the other channels, or 1.
+        # All zeros: there is no range, so we take that of the widest channel, or 1.
         width = high - low
         widest = width.max() if width.max() > TINY else 1
         low = torch.where(width > TINY, low, -widest)
-        # Nothing above 0: one level more, as on the upper bound an x of 0 never has a gradient.
+        # Nothing above 0: z would be q_max. An x of 0 would then lie on the upper bound, which has
+        # no gradient, and could never move up. So we add one level above 0.
         high = torch.where(high > 0, high, -low / max(1, self.qmax - 1))
         s = (high - low) / self.qmax  # Eq. 4
         z = (self.qmax - high / s).round()  # Eq. 5
@@ -187,7 +193,7 @@ class Quantizer(nn.Module):
 
 
 def spaced_values(x: Tensor, channels: int, most: int = 65536) -> Tensor:
-    """Values of x as rows, channels x values: all or, of large ones, evenly spaced and extremes."""
+    """The values of x, channels x values. Of a large x: evenly spaced ones, and the extremes."""
     rows = x.reshape(channels, -1)
     count = max(1024, most // channels)
     if rows.shape[1] <= count:
@@ -197,9 +203,9 @@ def spaced_values(x: Tensor, channels: int, most: int = 65536) -> Tensor:
 
 
 def scale_gradient(t: Tensor, scale: float | Tensor) -> Tensor:
-    """t itself; the gradient that flows back to it is multiplied by `scale`."""
+    """Return t; the gradient that flows back to it is multiplied by `scale`."""
     scaled = t * scale
-    return t.detach() + (scaled - scaled.detach())  # the difference is exactly 0
+    return t.detach() + (scaled - scaled.detach())  # forward: t + 0; backward: scale
 
 
 class LSQPlus(Quantizer):
@@ -226,15 +232,16 @@ class PACT(Quantizer):
         x_hat = round(clip(x, 0, alpha) / s) * s,   s = alpha / n,   n = q_max - z
         dx_hat/dalpha = 1 where x >= alpha, else 0
 
-    The parameter is s, not alpha. Its gradient n dL/dalpha is divided by n^2, so that alpha = n s
-    moves as if it were the parameter. It starts at LSQ's upper end. If the data are signed, we
-    also clip at -z s [choices].
+    The parameter is s, not alpha. We divide its gradient, n dL/dalpha, by n^2, so that alpha = n s
+    moves as if it were the parameter. alpha starts where LSQ's grid ends. If the data are signed,
+    we clip at -z s as well [choices].
     """
 
     decays = True  # as in the paper: weight decay keeps alpha, and so the rounding error, small
 
     def forward(self, x: Tensor) -> Tensor:
-        x_hat = super().forward(x).detach()
+        with torch.no_grad():
+            x_hat = super().forward(x)
         step_size, zero_point = self.grid(x)
         n = (self.qmax - zero_point).clamp_min(1)
         step_size = scale_gradient(step_size, n**-2)
@@ -290,7 +297,7 @@ def hooked(modules, before=None, after=None):
     It is before(module, inputs) or after(module, inputs, output). What it returns, if anything,
     replaces the inputs or the output.
     """
-    with ExitStack() as stack:  # removes the hooks at the end
+    with ExitStack() as stack:  # a hook's handle is a context that removes it
         for module in modules:
             if before:
                 stack.enter_context(module.register_forward_pre_hook(before))
@@ -305,13 +312,13 @@ def weight_layers(model: nn.Module) -> dict[str, nn.Module]:
     return {name: m for name, m in model.named_modules() if isinstance(m, kinds)}
 
 
-def hidden_layers(model: nn.Module) -> list[nn.Module]:
-    """All `weight_layers` but the classifier, which is the last in order of definition."""
+def feature_layers(model: nn.Module) -> list[nn.Module]:
+    """All `weight_layers` but the classifier, which is the last one defined."""
     return list(weight_layers(model).values())[:-1]
 
 
 def layer_bits(model: nn.Module, bits: int) -> dict[str, int]:
-    """{layer: bits}: 8 for the first and the last in order of definition, `bits` for the others."""
+    """{layer: bits}: 8 for the first and the last one defined, as in the paper; else `bits`."""
     names = list(weight_layers(model))
     return {name: 8 if name in (names[0], names[-1]) else bits for name in names}
 
@@ -339,12 +346,12 @@ def quantize(model: nn.Module, wbits: int, abits: int, quantizer: str = "lsq") -
         if own_weight and getattr(layer, "padding_mode", "zeros") == "zeros":
             new = QuantLayer(layer, weight_bits[name], input_bits[name], quantizer)
             quantized[layer] = new.to(layer.weight)
-    for name, module in list(model.named_modules(remove_duplicate=False)):  # one may have two names
+    for name, module in list(model.named_modules(remove_duplicate=False)):  # one may have two
         if isinstance(module, Product):
             like = next(model.parameters())
             module.a_quantizer = QUANTIZERS[quantizer](abits).to(like)
             module.b_quantizer = QUANTIZERS[quantizer](abits).to(like)
-        elif module in quantized and name:
+        elif module in quantized and module is not model:
             model.set_submodule(name, quantized[module])
     weights = {layer.weight for layer in quantized.values()}
     left = [name for name, p in model.named_parameters() if p.dim() > 1 and p not in weights]
@@ -361,30 +368,35 @@ def quantizers_of(model: nn.Module) -> dict[str, Quantizer]:
 def calibrate(
     qmodel: nn.Module, images: Tensor, candidates: int = 100, batch_stats: bool = True
 ) -> None:
-    """Set all step sizes and zero points by one pass of `images` (100 in the paper).
+    """Set the step sizes and zero points of weights and inputs by one pass of `images`.
 
-    Each layer sees the quantized output of those before it. A quantizer that is called twice fits
-    all its calls. Batch norm normalises by this batch, as training will [choice]; without
-    batch_stats, for no training, by its running statistics. A quantizer that the pass never
-    reaches is named in a warning and removed. Raises ValueError for values that are not finite.
+    The paper has 100 images. Just before a quantizer is called, it fits what it is called with, so
+    each layer sees the quantized output of those before it. One that is called twice fits both
+    calls. Batch norm normalises by this batch, as training will [choice]; with batch_stats=False,
+    if no training follows, by its running statistics. A quantizer that the pass never reaches is
+    named in a warning and removed. Raises ValueError for values that are not finite.
     """
-    # The pass moves running statistics, so a copy makes it; only its quantizers are kept.
-    probe = copy.deepcopy(qmodel)
+    if len(images) == 0:
+        raise ValueError("calibration: there are no images")
+    # The pass moves running statistics, so a copy makes it. Only its quantizers are kept.
+    probe = copy.deepcopy(qmodel).eval()
     for module in probe.modules():
-        module.training = batch_stats and isinstance(module, nn.modules.batchnorm._BatchNorm)
-    names = {quantizer: name for name, quantizer in quantizers_of(probe).items()}
-    seen = {name: [] for name in names.values()}
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.training = batch_stats
+    quantizers = quantizers_of(probe)
+    name_of = {quantizer: name for name, quantizer in quantizers.items()}
+    seen = {name: [] for name in quantizers}
 
     def initialize(quantizer, inputs):
-        name = names[quantizer]
+        name = name_of[quantizer]
         if not inputs[0].isfinite().all():
             raise ValueError(f"calibration: {name} meets values that are not finite")
         seen[name].append(spaced_values(inputs[0], quantizer.channels or 1))
         quantizer.initialize(torch.cat(seen[name], 1), candidates)
 
-    with hooked(names, before=initialize):
+    with hooked(quantizers.values(), before=initialize):
         probe(images)
-    for quantizer, name in names.items():
+    for name, quantizer in quantizers.items():
         if seen[name]:
             qmodel.get_submodule(name).load_state_dict(quantizer.state_dict())
         else:
@@ -410,7 +422,7 @@ def export_int(qmodel: nn.Module) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
         if isinstance(quantizer, Quantizer):
             step_size, zero_point = quantizer.grid(layer.weight)
             n = (layer.weight / step_size).round().add(zero_point).clamp(0, quantizer.qmax)
-            shift = 2 ** (quantizer.bits - 1)  # 0 to 255 becomes -128 to 127
+            shift = 2 ** (quantizer.bits - 1)  # at 8 bits: from 0..255 to -128..127
             integers[name] = ((n - shift).to(torch.int8), step_size, zero_point - shift)
     return integers
 
@@ -447,7 +459,7 @@ def mobilenet_v1(classes: int, stem: str) -> nn.Module:
 
 
 class Attention(nn.Module):
-    """Self-attention of N x T x width, called as torch's own is. `quantize` finds its `Product`s."""
+    """Self-attention of N x T x width, called as torch's own. `quantize` finds its `Product`s."""
 
     def __init__(self, width: int, heads: int):
         super().__init__()
@@ -477,7 +489,7 @@ def build_model(name: str, classes: int, depth: int = 4, stem: str = "cifar") ->
         return cifar_resnet(3, classes)
     if name == "mobilenet_v1":
         return mobilenet_v1(classes, stem)
-    if name == "vit_tiny":  # patches of 4 x 4; width 192 and 3 heads as DeiT-Ti, which has depth 12
+    if name == "vit_tiny":  # patches of 4 x 4; width and heads as in DeiT-Ti
         model = torchvision.models.VisionTransformer(32, 4, depth, 3, 192, 768, num_classes=classes)
         for block in model.encoder.layers:
             block.self_attention = Attention(192, 3)
@@ -488,7 +500,7 @@ def build_model(name: str, classes: int, depth: int = 4, stem: str = "cifar") ->
             model.features[0][0].stride = (1, 1)
             model.features[2].conv[1][0].stride = (1, 1)
         return model
-    # With "cifar", blocks start as the identity [choice]: first steps threw a ResNet-50 far off.
+    # With "cifar", residual blocks start as the identity [choice]; else a ResNet-50 diverges early.
     model = torchvision.models.get_model(
         name, num_classes=classes, zero_init_residual=stem == "cifar"
     )
@@ -505,8 +517,8 @@ class UsageError(Exception):
     """Something the user can put right: reported in one line, exit code 2, no traceback."""
 
 
-def stream(*key) -> int:
-    """A seed of 32 bits, all that torch's CPU generator uses, hashed from purpose, seed, epoch."""
+def hashed(*key) -> int:
+    """A number of 32 bits that stands for `key`: a seed, or a part of a file's name."""
     return int(hashlib.sha256(repr(key).encode()).hexdigest()[:8], 16)
 
 
@@ -539,26 +551,29 @@ class Data:
         return max(1, len(self.train_labels) // batch_size)
 
     def batches(self, batch_size: int, draws: torch.Generator, *views: str, order=None):
-        """One epoch of (images N x 3 x 32 x 32 for each of `views`, labels N).
+        """One epoch of batches: (images N x 3 x 32 x 32, labels N).
 
-        draws: on the CPU, so that all devices see equal batches. order: indices; None: shuffled.
+        views: how to augment, "crop+flip" for instance; a batch has the images once for each. draws
+        shuffles, on the CPU, so that all devices see equal batches; order: indices instead.
         """
         if order is None:
             order = torch.randperm(len(self.train_labels), generator=draws)
         order = order.to(self.train_labels.device)
-        # Each view draws from its own stream, so that a second view does not change the first.
+        # Each view has a generator of its own, so that a second view does not change the first.
         seed = draws.initial_seed() + 1
-        streams = [torch.Generator().manual_seed(seed + k) for k in range(len(views))]
-        for start in range(0, max(len(order) - batch_size, 0) + 1, batch_size):
-            index = order[start : start + batch_size]
-            images = [self.view(index, view, own) for view, own in zip(views, streams)]
+        generators = [torch.Generator().manual_seed(seed + k) for k in range(len(views))]
+        for i in range(max(1, len(order) // batch_size)):
+            index = order[i * batch_size : (i + 1) * batch_size]
+            images = [self.view(index, view, own) for view, own in zip(views, generators)]
             yield *images, self.train_labels[index]
 
     def view(self, index: Tensor, augment: str, draws: torch.Generator) -> Tensor:
-        """Training images `index`, each cropped and flipped at random if `augment` says so."""
+        """Training images `index`, each cropped and flipped at random if `augment` says so.
+
+        A crop moves the window of 32 x 32 pixels by up to `pad`; a flip mirrors its columns.
+        """
         shift = torch.randint(-self.pad, self.pad + 1, (2, len(index), 1, 1), generator=draws)
         flip = torch.randint(2, (len(index), 1, 1), generator=draws)
-        # Without waiting: the numbers are few, so their copy does not hold the device up.
         row, column = (shift * ("crop" in augment) + self.pad).to(index.device, non_blocking=True)
         flip = (flip * ("flip" in augment)).to(index.device, non_blocking=True)
         line = torch.arange(32, device=index.device)
@@ -568,7 +583,7 @@ class Data:
 
     def sample(self, count: int) -> tuple[Tensor, Tensor]:
         """`count` fixed random training images, not augmented, and labels: for calibration."""
-        draws = torch.Generator().manual_seed(stream("sample"))
+        draws = torch.Generator().manual_seed(hashed("sample"))
         index = torch.randperm(len(self.train_labels), generator=draws)[:count]
         index = index.to(self.train_labels.device)
         return self.view(index, "none", draws), self.train_labels[index]
@@ -627,9 +642,9 @@ def split(x: Tensor, y: Tensor, size: int, seed: int, flag: str) -> tuple:
         )
     order = torch.randperm(len(y), generator=torch.Generator().manual_seed(seed))
     by_class = order[y[order].argsort(stable=True)]  # in random order within each class
-    rank = torch.cat([torch.arange(count) for count in y.bincount().tolist()])
+    rank = torch.cat([torch.arange(count) for count in y.bincount().tolist()])  # within the class
     picked = torch.zeros_like(y, dtype=torch.bool)
-    picked[by_class[rank.argsort(stable=True)[:size]]] = True
+    picked[by_class[rank.argsort(stable=True)[:size]]] = True  # the first of all classes, ...
     training = y[~picked] if flag == "--val" else y[picked]
     missing = classes - len(training.unique())
     if missing:
@@ -639,7 +654,7 @@ def split(x: Tensor, y: Tensor, size: int, seed: int, flag: str) -> tuple:
 
 @contextmanager
 def lock(path: Path):
-    """A context that only one process can be in. One that is killed leaves it."""
+    """A context that only one process can be in; if that is killed, the next one enters."""
     with open(path, "ab") as file:
         if fcntl:
             fcntl.flock(file, fcntl.LOCK_EX)
@@ -675,7 +690,7 @@ class VisibleFolder(torchvision.datasets.ImageFolder):
 
 
 def read_image(path: str) -> np.ndarray:
-    """An image of 8 bits per channel as uint8 32 x 32 x 3, turned as its EXIF data say."""
+    """An image as uint8, 32 x 32 x 3, turned as its EXIF data say."""
     try:
         with Image.open(path) as image:
             if image.mode[0] in "IF":  # PIL would clip these silently
@@ -698,18 +713,17 @@ def read_folder(data_dir: Path, cache_dir: Path) -> tuple:
     if names != parts[1].classes or len(names) < 2:
         raise UsageError(f"{data_dir} should have the same classes, two or more, in train and test")
     paths = [Path(path) for part in parts for path, _ in part.samples]
-    files = [
-        file
-        for part in ("train", "test")
-        for name in names
-        for file in (data_dir / part / name).iterdir()
-    ]
+    folders = [data_dir / part / name for part in ("train", "test") for name in names]
+    files = [file for folder in folders for file in folder.rglob("*") if file.is_file()]
     if len(files) > len(paths):
         say(f"{len(files) - len(paths)} of {len(files)} files are no images and are skipped")
     stamps = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
-    cache = cache_dir / f"images-{stream(stamps):08x}.npy"
+    cache = cache_dir / f"images-{hashed(stamps):08x}.npy"
     if cache.exists():
-        pixels = np.load(cache)
+        try:
+            pixels = np.load(cache)
+        except (ValueError, EOFError) as error:
+            raise UsageError(f"{cache} is damaged ({error}); delete it") from None
     else:
         pixels = np.empty((len(paths), 32, 32, 3), np.uint8)
         for i, path in enumerate(paths):
@@ -725,9 +739,11 @@ def read_folder(data_dir: Path, cache_dir: Path) -> tuple:
 
 
 def draw_shapes(train: int = 2560, test: int = 1000, seed: int = 0) -> tuple:
-    """Ten classes: 0, 2, 3, 4 or 6 lobes, filled or hollow; else random, under noise.
+    """Ten classes of noisy images: shapes of none to six lobes, filled or hollow.
 
-    bright where  inner < rho / (r (1 + 0.4 cos(lobes theta))) < 1,   inner = -1 or 0.55
+    Place, size and angle are random. In polar coordinates around its centre the shape is
+
+        inner < rho / edge(theta) < 1,   edge = r (1 + 0.4 cos(lobes theta)),   inner = -1 or 0.55
     """
     rng = np.random.default_rng(seed)
     n = train + test
@@ -739,8 +755,8 @@ def draw_shapes(train: int = 2560, test: int = 1000, seed: int = 0) -> tuple:
     dy = np.arange(32)[:, None] - 12 - 7 * top
     theta = np.arctan2(dy, dx) + 7 * angle
     edge = (6 + 4 * size) * (1 + 0.4 * np.cos(lobes * theta))
-    rho = np.hypot(dx, dy) / edge
-    bright = (rho > inner) & (rho < 1)
+    share = np.hypot(dx, dy) / edge
+    bright = (share > inner) & (share < 1)
     image = rng.normal(0.3 + 0.4 * bright[..., None], 0.27, (n, 32, 32, 3)).clip(0, 1)
     x = torch.from_numpy((255 * image).astype(np.uint8))
     y = torch.from_numpy(kind)
@@ -753,7 +769,7 @@ def draw_shapes(train: int = 2560, test: int = 1000, seed: int = 0) -> tuple:
 
 @torch.inference_mode()
 def evaluate(model: nn.Module, data: Data, every: int = 1) -> tuple[float, float]:
-    """(accuracy in %, mean cross-entropy) on all test images, or on one of `every` so many.
+    """(accuracy in %, mean cross-entropy) on every `every`-th test image.
 
     Leaves training mode as it was.
     """
@@ -775,11 +791,11 @@ def gradient_of(loss: Tensor, params: list[Tensor], **options) -> Tensor:
 def hessian_trace(
     loss_fn, params: list[Tensor], probes: int, generator: torch.Generator | None = None
 ) -> tuple[float, float]:
-    """Hutchinson's estimate of Tr(H), which noise penalises (Eq. 7), and its standard error.
+    """Hutchinson's estimate of Tr(H), the trace in Eq. 7, and its standard error.
 
-    H is the Hessian of loss_fn() in all entries of `params`; of a quantized network, that of the
-    straight-through gradients. The estimate is the mean of v.Hv over `probes` >= 2 random vectors
-    v of entries -1 and 1. generator: on the device of `params`.
+    H is the Hessian of loss_fn() in all entries of `params`. For a quantized network we derive the
+    straight-through gradient once more [choice]. The estimate is the mean of v.Hv over `probes`, at
+    least 2, random vectors v of entries -1 and 1. generator: on the device of `params`.
     """
     gradient = gradient_of(loss_fn(), params, create_graph=True)
     samples = []
@@ -805,8 +821,8 @@ def hessian_top_eigenvalue(
 def sharpness(model: nn.Module, data: Data, probes: int = 4, iters: int = 0) -> list[float]:
     """[trace, its standard error] of the loss's Hessian in the layers' weights.
 
-    The top eigenvalue follows if iters > 0. Batch norm takes its statistics from the same 256
-    training images [choice]. Works on a copy of `model`.
+    With iters > 0 the top eigenvalue is the third entry. Loss and batch norm's statistics are of
+    256 training images [choice]. Works on a copy of `model`.
     """
     images, labels = data.sample(256)
     model = copy.deepcopy(model)
@@ -827,7 +843,7 @@ def sharpness(model: nn.Module, data: Data, probes: int = 4, iters: int = 0) -> 
 def gradient_ratio(loss: Tensor, cross_entropy: Tensor, model: nn.Module) -> float:
     """How strong the added term is: |grad (loss - cross_entropy)| / |grad cross_entropy|.
 
-    The gradients are those of the weights of all layers.
+    The gradients are in the weights of all layers.
     """
     weights = [layer.weight for layer in weight_layers(model).values()]
     own = gradient_of(cross_entropy, weights, retain_graph=True)
@@ -840,9 +856,9 @@ def sam_loss(
 ) -> Tensor:
     """Sharpness-aware minimisation (Foret et al. 2021): the loss at w + rho g / |g|.
 
-    g is the gradient at w. w are all parameters, step sizes as well [choice]. The shift is a
-    constant, so that the loss's gradient in w is that at the shifted place. Both passes move batch
-    norm's running statistics, but `finish` renews those [choice].
+    g is the gradient at w, where w are all parameters, step sizes as well [choice]. No gradient
+    flows through the shift, so that backward() gives the gradient at the shifted place. Both passes
+    move batch norm's running statistics, but `finish` renews those [choice].
     """
     params = {name: p for name, p in model.named_parameters() if p.requires_grad}
     loss = F.cross_entropy(model(images), labels, label_smoothing=label_smoothing)
@@ -891,7 +907,8 @@ def base_parser(description: str, methods: list[str], default: list[str]) -> Par
          help=f"what to train, one after another (default: {' '.join(default)})")
     flag("--ablate", action="store_true", help="train all methods")
     flag("--diagnose", action="store_true", help="print what the paper draws, as numbers")
-    flag("--recipe", choices=["paper"], help="make the published settings the defaults")
+    flag("--recipe", choices=["paper"],
+         help="make the published settings, and our guesses where there are none, the defaults")
     flag("--resume", action="store_true", help="continue where the same command was stopped")
     flag("--dry-run", action="store_true", help="one epoch of about 64 images, in OUT/dry-run")
     flag("--device", default="auto", help="cpu, cuda, cuda:1, mps, ... (default: what is there)")
@@ -970,6 +987,7 @@ def parse(parser: Parser, methods: list[str], recipe: dict) -> argparse.Namespac
     args.command = shlex.join(["python", parser.prog, *sys.argv[1:]])
     if args.device == "auto":
         args.device = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
+    torch.backends.cudnn.allow_tf32 = False  # else a GPU's digits are far from a CPU's
     try:
         torch.zeros(1, device=args.device).item()
     except (RuntimeError, AssertionError, ImportError) as error:
@@ -995,11 +1013,16 @@ def keep_freed_memory() -> None:
 
 
 def entry(main) -> None:
-    """Run main. User errors are one line; exit codes: 2 input or disk, 3 loss, 130 Ctrl-C."""
+    """Run main. What a user can put right is one line on stderr.
+
+    Exit codes: 2 for bad input or a full disk, 3 for a loss that is not finite. Ctrl-C gives 130,
+    and a reader that is gone, as after `| head`, gives 141.
+    """
     keep_freed_memory()
     try:
-        return main()
-    except BrokenPipeError:  # as `| head` does; other programs also end without a word
+        main()
+        sys.stdout.flush()
+    except BrokenPipeError:  # end without a word, as other programs do
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     except (UsageError, OSError) as error:
@@ -1028,7 +1051,7 @@ def rewrite(text: str) -> None:
 
 
 def sgd(model: nn.Module, lr: float, weight_decay: float, **options) -> torch.optim.SGD:
-    """SGD, momentum 0.9; no weight decay on quantizers' parameters, except on PACT's [choice]."""
+    """SGD, momentum 0.9; no weight decay on quantizers' parameters but PACT's [choice]."""
     quantizers = quantizers_of(model).values()
     free = {p for q in quantizers if not q.decays for p in q.parameters()}
     groups = [
@@ -1052,12 +1075,13 @@ def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
 
 
 def epoch_draws(stage: str, seed: int, epoch: int) -> torch.Generator:
-    """Seed torch for the epoch's noise; return a generator on the CPU for its batches.
+    """Seed torch for the noise of an epoch; return the generator of its batches.
 
-    Both depend on stage, seed and epoch only, so a resumed run draws what an undisturbed one does.
+    Both depend on stage, seed and epoch alone. So all methods see the same batches, and a resumed
+    run draws what an undisturbed one does.
     """
-    torch.manual_seed(stream(stage, "noise", seed, epoch))
-    return torch.Generator().manual_seed(stream(stage, "batches", seed, epoch))
+    torch.manual_seed(hashed(stage, "noise", seed, epoch))
+    return torch.Generator().manual_seed(hashed(stage, "batches", seed, epoch))
 
 
 class Progress:
@@ -1101,7 +1125,7 @@ FP_FLAGS = [
     "fp_lr",
     "fp_weight_decay",
 ]
-# These do not shape training. Of the data a fingerprint is compared, and each run has one seed.
+# Flags that do not shape training. Data and the run's own seed are compared by other entries.
 NOT_SHAPING = [
     "out",
     "data_dir",
@@ -1128,9 +1152,9 @@ NOT_SHAPING = [
 class Checkpoint:
     """One training run in one file, written whole after each epoch.
 
-    parts: all that training changes, "model" and "optimizer" at least. settings: all flags that
-    shape training or, for full precision, FP_FLAGS. The file's name ends in their hash, so that no
-    two commands share one.
+    parts: all that training changes, "model" and "optimizer" at least. settings: all flags but
+    NOT_SHAPING or, with `shared`, FP_FLAGS alone. The file's name ends in a hash of the settings,
+    so runs of other settings have other files.
     """
 
     def __init__(self, args, data, method, seed, epochs, shared=False, **parts):
@@ -1146,12 +1170,13 @@ class Checkpoint:
         self.settings = {"method": method, "seed": seed, "data": data.fingerprint}
         self.settings |= {flag: getattr(args, flag) for flag in flags}
         self.name = f"{method}-{args.model}-{data.name.replace(' ', '-')}-s{seed}"
-        self.path = args.out / f"{self.name}-{stream(self.settings):08x}.pt"
+        self.path = args.out / f"{self.name}-{hashed(self.settings):08x}.pt"
 
     def load(self) -> int:
-        """The number of epochs done. A finished run is read, others only with --resume.
+        """Read the file, if it counts, into all parts; return the number of epochs done.
 
-        Raises UsageError for a damaged file and one of other settings.
+        A finished run counts always, an unfinished one with --resume or `shared`. Raises UsageError
+        for a file that is damaged or, renamed perhaps, of other settings.
         """
         if not self.path.exists():
             return 0
@@ -1187,13 +1212,13 @@ class Checkpoint:
             "mean": self.data.mean,
             "std": self.data.std,
         }
-        whole = io.BytesIO()  # as torch.save would hide why a file cannot be written
+        whole = io.BytesIO()  # torch.save to a file would hide why it cannot be written
         torch.save(state, whole)
         write_whole(self.path, whole)
 
 
 def write_whole(path: Path, content: io.BytesIO) -> None:
-    """Write a file that is whole or absent, whenever the process is killed."""
+    """Write or replace a file at once: whenever the process is killed, it is the old or the new."""
     part = path.with_suffix(f".{os.getpid()}.part")
     try:
         part.write_bytes(content.getbuffer())
@@ -1211,8 +1236,10 @@ def read_checkpoint(path: Path) -> dict:
         if not {"settings", "history", "results", "model"} <= state.keys():
             raise ValueError("entries are missing")
         return state
+    except OSError:  # not damaged, but not readable
+        raise
     except Exception as error:  # half a dozen kinds for a damaged file
-        line = str(error).splitlines()[0]
+        line = (str(error).splitlines() or ["unreadable"])[0]
         raise UsageError(f"{path} is damaged ({line}); delete it") from None
 
 
@@ -1229,9 +1256,9 @@ def end_epoch(checkpoint: Checkpoint, progress: Progress, **notes) -> None:
     acc, loss = evaluate(checkpoint.parts["model"], data, every)
     epoch = len(checkpoint.history) + 1
     if not all(math.isfinite(value) for value in (loss, *means.values())):
+        flag = "--fp-lr" if "lr" not in checkpoint.settings else "--lr"
         raise FloatingPointError(
-            f"{checkpoint.method}: the loss is not finite in epoch {epoch}; "
-            "try a smaller --lr or, in full precision, --fp-lr"
+            f"{checkpoint.method}: the loss is not finite in epoch {epoch}; try a smaller {flag}"
         )
     row = {"epoch": epoch, **means, "eval_loss": loss, "acc": acc, "seconds": seconds, **notes}
     checkpoint.history.append(row)
@@ -1254,11 +1281,11 @@ def finish(
     """
     args = checkpoint.args
     data = checkpoint.data
-    model = model or checkpoint.parts["model"]
+    model = checkpoint.parts["model"] if model is None else model
     method = method or checkpoint.method
     if method not in checkpoint.results:
         rewrite(f"{method}: renewing batch norm and evaluating on all {data.split} images")
-        draws = torch.Generator().manual_seed(stream("batch norm"))
+        draws = torch.Generator().manual_seed(hashed("batch norm"))
         update_bn(data.batches(args.batch_size, draws, args.augment), model)
         acc, loss = evaluate(model, data)
         checkpoint.results[method] = checkpoint.settings | {
@@ -1284,25 +1311,22 @@ def finish(
 
 def record(args: argparse.Namespace, row: dict) -> None:
     """Append `row` to OUT/results.jsonl unless it is there, with what its digits depend on."""
-    run = f"{row['run']} {row['method']} W{row['wbits']}A{row['abits']}"
+    key = f"{row['run']} {row['method']} W{row['wbits']}A{row['abits']}"
     processor = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
-    row = dict(row)
-    row |= {
+    row = row | {
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
         "processor": processor,
         "device": args.device,
-        "run": row.pop("run"),
-        "row": run,
     }
-    line = json.dumps(row).encode() + b"\n"
+    line = json.dumps(row | {"key": key}).encode() + b"\n"
     path = args.out / "results.jsonl"
     with lock(path), open(path, "a+b", buffering=0) as file:
         file.seek(0)
         before = file.read()
-        if f'"row": "{run}"'.encode() in before:  # a half-written row lacks this last entry
+        if f'"key": {json.dumps(key)}}}\n'.encode() in before:  # at the end of a whole line
             return
-        if before and not before.endswith(b"\n"):
+        if before and not before.endswith(b"\n"):  # a line that was cut off stays alone
             line = b"\n" + line
         written = file.write(line)
         if written < len(line):
@@ -1312,7 +1336,8 @@ def record(args: argparse.Namespace, row: dict) -> None:
 
 def full_precision(args: argparse.Namespace, data: Data, seed: int) -> tuple[nn.Module, dict]:
     """The full-precision network in eval mode and its result; trained once, then read."""
-    flags = argparse.Namespace(**{flag: getattr(args, flag) for flag in FP_FLAGS})  # no others
+    # Only these flags, so that no other one can shape the network that all commands share
+    flags = argparse.Namespace(**{flag: getattr(args, flag) for flag in FP_FLAGS})
     model, optimizer = new_network(flags, data, seed, args.device)
     checkpoint = Checkpoint(
         args, data, "fp", seed, flags.fp_epochs, shared=True, model=model, optimizer=optimizer
@@ -1337,7 +1362,7 @@ def full_precision(args: argparse.Namespace, data: Data, seed: int) -> tuple[nn.
 
 def new_network(flags, data, seed, device):
     """An untrained network and its optimizer: Nesterov SGD, or AdamW for vit_tiny [choice]."""
-    torch.manual_seed(stream("weights", seed))
+    torch.manual_seed(hashed("weights", seed))
     model = build_model(flags.model, len(data.class_names), flags.depth, flags.stem)
     model = model.to(device, memory_format=torch.channels_last)
     if flags.model == "vit_tiny":
@@ -1348,7 +1373,8 @@ def new_network(flags, data, seed, device):
 def load(path: str | Path) -> tuple[nn.Module, Tensor, Tensor, list[str]]:
     """(network in eval mode, mean, std, class names) of a checkpoint.
 
-    It takes images as floats of 0 to 1, N x 3 x 32 x 32, less mean, over std, by channel.
+    The network takes (images - mean) / std. images: N x 3 x 32 x 32, floats from 0 to 1. Of
+    flat_quant.py it is the network before averaging and PTQ.
     """
     state = read_checkpoint(Path(path))
     flags = state["settings"]

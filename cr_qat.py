@@ -6,15 +6,16 @@ same prediction on two augmented views of an image. The quantized student learns
 view. A quantized teacher, the moving average of the student, predicts from the other view, and the
 student is drawn to that prediction. This needs no label, so unlabelled images can take part.
 
-We had only the abstract and summaries. The rest is rebuilt on the mean teacher (Tarvainen & Valpola
-2017), the ancestor: formulas, schedule and constants are our decisions, marked [choice].
+We had only the abstract and summaries, which have the views, the averaged teacher and a divergence.
+All else is rebuilt on the mean teacher (Tarvainen & Valpola 2017), the ancestor: formulas, schedule
+and constants are our decisions, marked [choice].
 
     symbol                   here                                               from
-    a(x), a'(x)              two views of data.batches(), then distort          summaries
-    L_con = KL(p_T || p_S)   consistency_loss(student_logits, teacher_logits)   summaries, [choice]
-    lambda(t)                --lambda-max times ramp_up(t, T)                   ancestor
-    theta_T                  ema_update(teacher, student, updates, alpha)       summaries, [choice]
-    L = CE + lambda L_con    consistent(student, teacher, views, labels, ...)   summaries, [choice]
+    two views                data.batches(), then distort                       summaries
+    L_con = KL(p_T || p_S)   consistency_loss(student_logits, teacher_logits)   direction: [choice]
+    lambda(t)                --lambda-max times ramp_up(t, length)              ancestor
+    theta_T                  ema_update(teacher, student, updates, alpha)       constants: [choice]
+    L = CE + lambda L_con    consistent(student, teacher, views, labels, ...)   summaries
 
     python cr_qat.py --bits 2                         full precision, baseline (LSQ), CR
     python cr_qat.py --bits 2 --ablate --diagnose     what else could explain a gain; sensitivity
@@ -25,15 +26,15 @@ import math
 from argparse import Namespace
 from dataclasses import replace
 
-import common  # before torch, for which it sets the threads
+import common  # before torch: it sets how threads wait
 import torch
 import torch.nn.functional as F
 from common import Checkpoint, Data, Progress, calibrate, hooked, quantize
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-# FPQ's protocol, which the same authors follow, and our guesses [choice], the first three after the
-# mean teacher. On CIFAR-100 give --stem cifar; see fpq.py.
+# Of CR's own settings nothing is known. These are those of FPQ (fpq.py), by the same authors, and
+# our guesses [choice], with average and ramp after the mean teacher. CIFAR-100 needs --stem cifar.
 PAPER = {
     "model": "resnet18",
     "dataset": "cifar10",
@@ -52,6 +53,7 @@ GUESSES = {
     "fp_weight_decay": 5e-4,
     "pad": 4,
 }
+LABELLED_SHARE = 4  # with --labels, one image in 4 of a batch is labelled [choice]
 VIEWS = ["none", "flip", "crop+flip", "crop+flip+noise", "crop+flip+colour"]
 
 
@@ -65,17 +67,18 @@ def parse_args() -> Namespace:
     flag("--lambda-max", type=number(float, 0, 1e6), default=0.3,
          help="full weight of the consistency term (default: 0.3)")
     flag("--ramp-epochs", type=number(float, 0, 1e6), default=2.0,
-         help="T: epochs until that weight is full (default: 2)")
+         help="epochs until that weight is full (default: 2)")
     flag("--temperature", type=number(float, 0.01, 1e3), default=1.0,
          help="of the softmax in the consistency term (default: 1)")
     flag("--ema", type=number(float, 0, 1), default=0.9,
          help="alpha: share of the average that a step keeps (default: 0.9)")
     flag("--views", choices=VIEWS, nargs="+", default=[], metavar="VIEW",
-         help=f"of student and teacher, one for both or two, from {', '.join(VIEWS)} "
-              "(default: --augment for both)")
+         help="augmentation of the student's view, then of the teacher's; one value sets both; "
+              f"the baseline always has --augment, the default; from {', '.join(VIEWS)}")
     flag("--labels", type=number(int, 1, 10**9),
          help="keep so many labels (default: all); an epoch is one pass over those images")
-    flag("--ablate-views", action="store_true", help="also train cr with each view for both")
+    flag("--ablate-views", action="store_true",
+         help="also train cr with each augmentation of --views")
     args = common.parse(parser, list(METHODS), PAPER | GUESSES)
     if len(args.views) > 2:
         parser.error(f"--views has {len(args.views)} values: give one for both views, or two")
@@ -92,10 +95,10 @@ def consistency_loss(
 ) -> Tensor:
     """L_con: how far the student's prediction is from the teacher's, as a mean over the batch.
 
-        T^2 KL(p_T || p_S),   KL = sum over classes of p_T (log p_T - log p_S)
-        p = softmax(logits / T),   logits: N x classes
+        tau^2 KL(p_T || p_S),   KL = sum over classes of p_T (log p_T - log p_S)
+        p = softmax(logits / tau),   logits: N x classes
 
-    No gradient goes to the teacher. Direction and temperature T are ours [choice].
+    No gradient goes to the teacher. Direction and temperature tau are ours [choice].
     """
     student = (student_logits / temperature).log_softmax(1)
     teacher = (teacher_logits / temperature).log_softmax(1).detach()
@@ -103,32 +106,35 @@ def consistency_loss(
     return temperature**2 * divergence
 
 
-def ramp_up(t: float, T: float) -> float:
-    """exp(-5 (1 - min(t / T, 1))^2), t and T in epochs: 0.0067 at t = 0, 1 from t = T on."""
-    if T == 0:
+def ramp_up(t: float, length: float) -> float:
+    """The share of lambda at time t, both in epochs: it rises from exp(-5) at 0 to 1 at `length`.
+
+        exp(-5 (1 - min(t / length, 1))^2)
+    """
+    if length == 0:
         return 1.0
-    return math.exp(-5 * (1 - min(t / T, 1)) ** 2)
+    return math.exp(-5 * (1 - min(t / length, 1)) ** 2)
 
 
 @torch.no_grad()
 def ema_update(teacher: nn.Module, student: nn.Module, updates: int, alpha: float) -> None:
     """Exponential moving average of all parameters, step sizes included, in place.
 
-        theta_T <- a theta_T + (1 - a) theta_S,   a = min(1 - 1 / (updates + 1), alpha)
+        theta_T <- keep theta_T + (1 - keep) theta_S,   keep = min(1 - 1 / (updates + 1), alpha)
 
-    `updates` counts the calls before this one. While a < alpha, theta_T is the mean of all students
-    so far. Zero points and 8-bit step sizes are fixed, so that both networks share them.
+    `updates` counts the calls before this one. While keep < alpha, theta_T is the mean of all
+    students so far. Zero points and 8-bit step sizes are fixed, so both networks have the same.
     """
-    a = min(1 - 1 / (updates + 1), alpha)
-    average = get_ema_multi_avg_fn(a)
+    keep = min(1 - 1 / (updates + 1), alpha)
+    average = get_ema_multi_avg_fn(keep)
     average(list(teacher.parameters()), list(student.parameters()), None)
 
 
 def distort(images: Tensor, view: str) -> Tensor:
     """What a view does beyond crop and flip, to normalised images N x 3 x 32 x 32 [choice].
 
-    noise: Gaussian, of standard deviation 0.1. colour: each channel of an image times U[0.6, 1.4]
-    plus U[-0.4, 0.4].
+    noise: Gaussian, of standard deviation 0.1. colour: each channel of an image is multiplied by 1
+    plus U[-0.4, 0.4], and shifted by U[-0.4, 0.4].
     """
     if "noise" in view:
         images = images + 0.1 * torch.randn_like(images)
@@ -139,19 +145,19 @@ def distort(images: Tensor, view: str) -> Tensor:
     return images
 
 
-# Each method is a function that returns the loss of a batch. views: two lots of the same images,
-# N x 3 x 32 x 32; labels: N, -100 if unknown, which cross-entropy ignores; ramp: lambda(t) over its
-# maximum. All start from the same network. `network` is the full-precision one.
+# Each method is a function that returns the loss of a batch. views: the same images, N x 3 x 32 x
+# 32, once for the student and once for the teacher. labels: N, -100 if unknown, which cross-entropy
+# ignores. ramp: lambda(t) over its maximum. network: full precision. All methods start from it.
 
 
 def baseline(student, average, network, views, labels, ramp, args):
-    """QAT with the quantizer and nothing else: one view, and of labelled images only."""
-    known = slice(len(labels) // 4 if args.labels else len(labels))  # they come first in a batch
-    return F.cross_entropy(student(views[0][known]), labels[known])
+    """QAT with the quantizer and nothing else. It has one view, and labelled images only."""
+    count = len(labels) // LABELLED_SHARE if args.labels else len(labels)  # they come first
+    return F.cross_entropy(student(views[0][:count]), labels[:count])
 
 
 def two_view(student, average, network, views, labels, ramp, args):
-    """A control: the labels of both views. Batch norm sees one view at a time, as elsewhere."""
+    """A control: the student learns the labels of both views, one after the other."""
     one = baseline(student, average, network, views, labels, ramp, args)
     other = baseline(student, average, network, views[1:], labels, ramp, args)
     return (one + other) / 2
@@ -174,7 +180,7 @@ def consistent(
 
 
 def pi(student, average, network, views, labels, ramp, args):
-    """A control, the Pi-model (Laine & Aila 2017): the student is its own teacher."""
+    """A control after the Pi-model (Laine & Aila 2017): the student is its own teacher."""
     return consistent(student, student, views, labels, ramp, args)
 
 
@@ -195,7 +201,7 @@ METHODS = {"baseline": baseline, "two-view": two_view, "pi": pi, "fp-teacher": f
 
 
 def hide_labels(data: Data, count: int, seed: int) -> tuple[Data, Data]:
-    """(`count` class-balanced labelled images; all images, other labels -100).
+    """Two data sets: `count` class-balanced images; all images, with labels -100 but for those.
 
     Raises UsageError for a bad count.
     """
@@ -212,18 +218,18 @@ def hide_labels(data: Data, count: int, seed: int) -> tuple[Data, Data]:
 
 
 def mixed_order(labels: Tensor, batch_size: int, draws: torch.Generator) -> Tensor:
-    """The indices of an epoch in which a quarter of each batch is labelled.
+    """The indices of an epoch; one image in LABELLED_SHARE of a batch is labelled and comes first.
 
-    An epoch is one pass over the labelled images; the others begin anew when used up [choice].
+    An epoch is one pass over the labelled images; the others are drawn with replacement [choice].
     """
-    quarter = batch_size // 4
+    labelled = batch_size // LABELLED_SHARE
     known = (labels >= 0).nonzero().flatten()
     unknown = (labels < 0).nonzero().flatten()
     known = known[torch.randperm(len(known), generator=draws)]
-    steps = max(1, len(known) // quarter)
-    chosen = torch.randint(len(unknown), (steps, batch_size - quarter), generator=draws)
-    known = known.repeat(quarter)[: steps * quarter].reshape(steps, quarter)
-    return torch.cat([known, unknown[chosen]], 1).flatten()
+    steps = max(1, len(known) // labelled)
+    known = known.repeat(labelled)[: steps * labelled]  # again, if a batch needs more
+    chosen = torch.randint(len(unknown), (steps, batch_size - labelled), generator=draws)
+    return torch.cat([known.reshape(steps, labelled), unknown[chosen]], 1).flatten()
 
 
 def epoch_batches(args: Namespace, data: Data, views: list[str], draws: torch.Generator):
@@ -247,9 +253,10 @@ def train(
     network: nn.Module,
     name: str | None = None,
 ) -> tuple[nn.Module, list[dict]]:
-    """From the full-precision `network` on: (quantized network, rows of results).
+    """Returns (the quantized network, its rows of results).
 
-    labelled: the images of `data` that have labels. name: of the run, by default the method.
+    Student and average start as copies of the full-precision `network`. labelled: the images of
+    `data` that have labels. name: of the run, by default the method.
     """
     student = quantize(network, args.wbits, args.abits, args.quantizer)
     calibrate(student, labelled.sample(100)[0])
@@ -259,14 +266,15 @@ def train(
     checkpoint = Checkpoint(
         args, labelled, name, seed, args.epochs, model=student, optimizer=optimizer, average=average
     )
-    views = args.views or [args.augment]
-    views = [args.augment] if method == "baseline" else [views[0], views[-1]]
-    steps = labelled.steps(args.batch_size // 4 if args.labels else args.batch_size)
+    asked = args.views or [args.augment]
+    views = [args.augment] if method == "baseline" else [asked[0], asked[-1]]
+    share = LABELLED_SHARE if args.labels else 1
+    steps = labelled.steps(args.batch_size // share)
 
     for epoch in range(checkpoint.load(), args.epochs):
         student.train()
         average.train()  # it normalises by its own batches [choice]
-        draws = common.epoch_draws("method", seed, epoch)
+        draws = common.epoch_draws("training", seed, epoch)
         progress = Progress(f"{name:<9} seed {seed}  epoch {epoch + 1}/{args.epochs}", steps)
         for i, (images, labels) in enumerate(epoch_batches(args, data, views, draws)):
             step = epoch * steps + i
@@ -279,16 +287,16 @@ def train(
             optimizer.zero_grad()
             loss.backward()
             # Step of the student, then of its average
-            before = weight_bins(student) if args.diagnose else None
             optimizer.step()
             ema_update(average, student, step, args.ema)
-            changed = share_changed(before, student) if args.diagnose else {}
-            progress.add(loss=loss, **changed)
-        # Evaluation, a printed row, checkpoint
+            progress.add(loss=loss)
+        # With --diagnose, the epoch's figures
         notes = {}
         if args.diagnose:
-            notes = figures_of_epoch(args, labelled, views, method, student, average, network)
+            notes = figures_of_epoch(args, labelled, views, checkpoint.parts, method, network)
+        # Evaluation on some test images, a printed row, checkpoint
         common.end_epoch(checkpoint, progress, **notes)
+    # New statistics for batch norm, evaluation on all test images, a line of results.jsonl
     rows = [common.finish(checkpoint)]
     if args.ablate and method in ("baseline", "cr"):  # how good is the average itself?
         rows.append(common.finish(checkpoint, average, f"{name}-ema"))
@@ -305,33 +313,30 @@ def weight_bins(model: nn.Module) -> Tensor:
     return torch.cat(integers[1:-1])
 
 
-def share_changed(before: Tensor, model: nn.Module) -> dict[str, Tensor]:
-    """The share of weights whose integer is not what it was `before` the step: oscillation."""
-    return {"changed": (weight_bins(model) != before).float().mean()}
-
-
 def figures_of_epoch(
-    args: Namespace,
-    data: Data,
-    views: list[str],
-    method: str,
-    student: nn.Module,
-    average: nn.Module,
-    network: nn.Module,
+    args: Namespace, data: Data, views: list[str], parts: dict, method: str, network: nn.Module
 ) -> dict:
-    """The Hessian trace with its standard error, and the gradient ratio of the added term.
+    """What the next step would do, on a copy of all `parts` of the run.
 
-    The ratio is |gradient of the term| / |gradient of the cross-entropy| at the full weight.
+    ratio: |gradient of the added term| / |gradient of the cross-entropy| at the full weight, or 0.
+    trace: that of the Hessian, with its standard error. changed: the share of weights whose integer
+    the step changes.
     """
-    student = copy.deepcopy(student)
-    average = copy.deepcopy(average)
-    *images, labels = next(data.batches(256, torch.Generator().manual_seed(0), *views))
-    loss = METHODS[method](student, average, network, images, labels, 1.0, args)
-    off = METHODS[method](student, average, network, images, labels, 0.0, args)
-    return {
-        "ratio": common.gradient_ratio(loss, off, student),
-        "trace": common.sharpness(student, data),
-    }
+    parts = copy.deepcopy(parts)
+    student = parts["model"]
+    *images, labels = next(data.batches(args.batch_size, torch.Generator().manual_seed(0), *views))
+    images = [distort(image, view) for image, view in zip(images, views)]
+    batch = (student, parts["average"], network, images, labels)
+    loss = METHODS[method](*batch, 1.0, args)
+    cross_entropy = METHODS[method](*batch, 0.0, args)
+    ratio = common.gradient_ratio(loss, cross_entropy, student)
+    trace = common.sharpness(student, data)
+    before = weight_bins(student)
+    parts["optimizer"].zero_grad()
+    loss.backward()
+    parts["optimizer"].step()
+    changed = (weight_bins(student) != before).float().mean().item()
+    return {"ratio": ratio, "trace": trace, "changed": changed}
 
 
 @torch.no_grad()
@@ -350,7 +355,7 @@ def weight_entropy(model: nn.Module) -> float:
 
 @torch.no_grad()
 def sensitivity(model: nn.Module, data: Data, place: str, sigma: float) -> tuple[float, float]:
-    """(accuracy in %, mean KL(clean || noisy) in nats) on up to 2,000 test images under noise.
+    """Accuracy in %, and KL divergence of noisy from clean predictions, of up to 2,000 test images.
 
     The noise is Gaussian, of standard deviation sigma. place: "input", on the normalised images, or
     "weight", on the quantized weights, where it is relative to the layer's standard deviation.
@@ -375,7 +380,8 @@ def sensitivity(model: nn.Module, data: Data, place: str, sigma: float) -> tuple
     with noise:
         noisy = model(images)
     right = (noisy.argmax(1) == labels).float().mean()
-    return 100 * right.item(), consistency_loss(noisy, clean).item()
+    divergence = consistency_loss(student_logits=noisy, teacher_logits=clean)
+    return 100 * right.item(), divergence.item()
 
 
 def diagnose(data: Data, trained: dict[str, tuple]) -> None:
@@ -391,7 +397,7 @@ def diagnose(data: Data, trained: dict[str, tuple]) -> None:
     print("\nentropy of the quantized weights, bits")
     common.print_row("", *trained)
     common.print_row("", *[f"{weight_entropy(model):.3f}" for model in models])
-    print("\n% of weights that change their integer in a step, mean of the epoch")
+    print("\n% of weights that change their integer in a step, after each epoch")
     common.print_by_epoch(trained, histories, "changed", lambda changed: f"{100 * changed:.3f}")
     print("\nHessian trace ± its standard error, after each epoch")
     common.print_by_epoch(
@@ -420,8 +426,9 @@ def main() -> None:
             trained[method] = train(args, data, labelled, method, seed, network)
             rows += trained[method][1]
         for view in VIEWS if args.ablate_views else []:
-            both = Namespace(**vars(args) | {"views": [view]})
-            rows += train(both, data, labelled, "cr", seed, network, f"cr-{view}")[1]
+            asked = Namespace(**{**vars(args), "views": [view]})
+            rows += train(asked, data, labelled, "cr", seed, network, f"cr-{view}")[1]
+            args.epochs_left = asked.epochs_left
     common.print_table(rows)
     if args.diagnose:
         diagnose(labelled, trained)

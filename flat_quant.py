@@ -5,15 +5,15 @@ The idea. Post-training quantization (PTQ) moves a finished network by its round
 the loss is flat they do little harm, so DNQ trains for flatness in full precision. It measures the
 errors that weights and activations will have at the bits aimed for, and models both as independent
 Gaussian noise. It trains under fresh noise of that size: on the weights, where it is removed after
-the step, and on a random share of the activations. Stochastic weight averaging (SWA) then averages
-the weights of the last epochs, and the network is quantized without further training.
+the step, and on a random share of the activations. Stochastic weight averaging (SWA) averages the
+weights of the last half of the epochs. Then the network is quantized without further training.
 
 Of this paper we had only the abstract. The rest follows summaries, and later code and drafts of the
 same authors ("authors"); our own decisions are marked [choice].
 
     symbol                  here                                              from
     dW, dx                  quantization_error(t, quantizer)                  authors
-    W dx, dW x, dW dx       error_decomposition(layer, x): AQE, WQE, cross    authors
+    ||W dx||^2, ||dW x||^2  error_decomposition(layer, x): AQE, WQE           authors
     n_t                     DifferentialWeightNoise.add, .remove              authors
     x + M n                 ActivationNoise; M ~ Bernoulli(P), --rho, --mask  authors
     lambda and its ramp     --noise-lambda, --ramp-epochs                     authors
@@ -26,14 +26,14 @@ same authors ("authors"); our own decisions are marked [choice].
 import copy
 from argparse import Namespace
 
-import common  # before torch, for which it sets the threads
+import common  # before torch: it sets how threads wait
 import torch
 import torch.nn.functional as F
 from common import Checkpoint, Data, Progress, Quantizer, hooked, layer_bits, weight_layers
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel
+from torch.optim.swa_utils import AveragedModel, update_bn
 
-# The authors' later code, and our guesses [choice].
+# Settings of the authors' later code, and our guess [choice].
 PAPER = {
     "model": "resnet18",
     "dataset": "cifar100",
@@ -67,7 +67,7 @@ def parse_args() -> Namespace:
     flag("--rho", type=number(float, 0, 1), default=0.5,
          help="share of the activations that get noise (default: 0.5)")
     flag("--mask", choices=["uniform", "salience"], default="uniform",
-         help="noise on any activation (default), or more in channels of large activations")
+         help="the same chance of noise for all activations (default), or more in salient channels")
     flag("--noise-bits", type=number(int, 2, 8), default=8,
          help="bits whose error the control wrong-bits imitates (default: 8)")
     flag("--label-smoothing", type=number(float, 0, 1), default=0.0,
@@ -151,9 +151,13 @@ class DifferentialWeightNoise:
 
         w <- w - lr dL/dw(w + n_t),   n_t = lambda (mu + sigma e),   e ~ N(0, 1)
 
-    In terms of the noisy W = w + n_t that is W <- W - lr dL/dW + n_(t+1) - n_t, hence
-    "differential", or Anti-PGD (Orvieto et al. 2022). mu and sigma are the error's mean and
-    standard deviation at the start of each epoch [choice; the authors average over epochs].
+    The authors write this for the noisy weights W = w + n_t. Each step adds the difference of two
+    noises to them, hence "differential" (Anti-PGD, Orvieto et al. 2022):
+
+        W <- W - lr dL/dW + n_(t+1) - n_t
+
+    mu and sigma are mean and standard deviation of the error at the start of each epoch [choice;
+    the authors average over epochs].
     """
 
     def __init__(self, model: nn.Module, bits: int):
@@ -195,7 +199,7 @@ class DifferentialWeightNoise:
 class AdditiveWeightNoise(DifferentialWeightNoise):
     """Noise that is removed before the step, so that weight decay shrinks w, not w + n_t [choice].
 
-    Without weight decay it is the same as differential noise.
+    That is the only difference to differential noise.
     """
 
     def before_step(self) -> None:
@@ -210,7 +214,7 @@ class IsotropicWeightNoise(DifferentialWeightNoise):
         super().measure()
         squares = 0
         for w, (mean, std) in self.statistics.items():
-            squares = squares + ((mean**2 + std**2) * torch.ones_like(w)).sum()
+            squares = squares + (mean**2 + std**2).sum() * (w.numel() / len(w))
         std = (squares / sum(w.numel() for w in self.statistics)).sqrt()
         self.statistics = {w: (torch.zeros_like(std), std) for w in self.statistics}
 
@@ -278,8 +282,8 @@ class ActivationNoise:
         return hooked(self.statistics, before=before)
 
 
-# Each method is a function that returns the loss of a batch, and a noise on the weights or on the
-# activations, or both.
+# Each method has a function that returns the loss of a batch: images N x 3 x 32 x 32, labels N.
+# Some also have a noise on the weights or on the activations.
 
 
 def plain(model: nn.Module, images: Tensor, labels: Tensor, args: Namespace) -> Tensor:
@@ -304,10 +308,11 @@ METHODS = {
 WEIGHT_NOISES = {
     "weight": DifferentialWeightNoise,
     "weight+activation": DifferentialWeightNoise,
+    "wrong-bits": DifferentialWeightNoise,
     "additive": AdditiveWeightNoise,
     "isotropic": IsotropicWeightNoise,
-    "wrong-bits": DifferentialWeightNoise,
 }
+ACTIVATION_NOISES = ["activation", "weight+activation"]
 
 
 # ----------------------------------------------------------------------------------- the training
@@ -317,9 +322,14 @@ def learning_rate(args: Namespace, step: int, total: int) -> float:
     """The learning rate over its peak: a cosine or, with --swa-rate, held in the last half."""
     if not args.swa_rate:
         return common.cosine(step, total, warmup=0.1)
-    half = total // 2  # where the cosine ends and averaging begins
-    cosine = common.cosine(step, half, warmup=0.1) if step < half else 0
-    return max(cosine, args.swa_rate)
+    half = total // 2  # where averaging begins
+    share = common.cosine(step, half, warmup=0.1) if step < half else 0
+    return max(share, args.swa_rate)
+
+
+def weight_noise_bits(args: Namespace, method: str) -> int:
+    """The bits whose rounding error the weight noise imitates."""
+    return args.noise_bits if method.startswith("wrong-bits") else args.wbits
 
 
 def linear_ramp(t: float, T: float) -> float:
@@ -328,13 +338,14 @@ def linear_ramp(t: float, T: float) -> float:
 
 
 def train(args: Namespace, data: Data, method: str, seed: int) -> dict[str, tuple]:
-    """One run from an untrained network on: {method: (network, row), method+swa: (average, row)}.
+    """Returns {method: (network, row of results), method+swa: (average, row of results)}.
 
-    One run gives both, as averaging does not touch training.
+    One run from an untrained network gives both, because averaging does not touch training.
     """
     model, optimizer = common.new_network(args, data, seed, args.device)
     average = AveragedModel(model)
-    bits = args.noise_bits if method == "wrong-bits" else args.wbits
+    bits = weight_noise_bits(args, method)
+    # A noise adds nothing until it is measured, which happens only in methods that have it.
     weight_noise = WEIGHT_NOISES.get(method, DifferentialWeightNoise)(model, bits)
     activation_noise = ActivationNoise(model, args.abits, args.rho, args.quantizer, args.mask)
     checkpoint = Checkpoint(
@@ -345,13 +356,13 @@ def train(args: Namespace, data: Data, method: str, seed: int) -> dict[str, tupl
 
     for epoch in range(checkpoint.load(), args.fp_epochs):
         model.train()
-        draws = common.epoch_draws("method", seed, epoch)
-        # The errors of the current weights; a noise that is not measured adds nothing
+        draws = common.epoch_draws("training", seed, epoch)
+        progress = Progress(f"{method:<17} seed {seed}  epoch {epoch + 1}/{args.fp_epochs}", steps)
+        # Statistics of the errors that the current weights and their activations would have
         if method in WEIGHT_NOISES:
             weight_noise.measure()
-        if "activation" in method:
+        if method in ACTIVATION_NOISES:
             activation_noise.measure(data.sample(100)[0])
-        progress = Progress(f"{method:<17} seed {seed}  epoch {epoch + 1}/{args.fp_epochs}", steps)
         for i, (images, labels) in enumerate(data.batches(args.batch_size, draws, args.augment)):
             step = epoch * steps + i
             # Learning rate, and strength of the noise: lambda, after a linear ramp
@@ -364,16 +375,18 @@ def train(args: Namespace, data: Data, method: str, seed: int) -> dict[str, tupl
                 loss = METHODS[method](model, images, labels, args)
             optimizer.zero_grad()
             loss.backward()
-            # Step: only additive noise is removed before it
+            # Step; only additive noise is removed before it
             weight_noise.before_step()
             optimizer.step()
-            # Noise removed: the weights are w again
+            # Noise removed: w has made its step
             weight_noise.remove()
             progress.add(loss=loss)
-        # SWA over the last half; evaluation, a printed row, checkpoint
+        # SWA averages the last half of the epochs
         if epoch >= args.fp_epochs // 2:
             average.update_parameters(model)
+        # Evaluation on some test images, a printed row, checkpoint
         common.end_epoch(checkpoint, progress)
+    # New statistics for batch norm, evaluation on all test images, a line of results.jsonl
     full = {"wbits": 32, "abits": 32, "quantizer": None}
     row = common.finish(checkpoint, **full)
     averaged = common.finish(checkpoint, average.module, f"{method}+swa", **full)
@@ -406,7 +419,7 @@ def quantized_rows(args: Namespace, data: Data, network: nn.Module, row: dict) -
     for wbits, abits in dict.fromkeys(pairs):
         quantized = ptq(args, data, network, wbits, abits)
         acc, loss = common.evaluate(quantized, data)
-        common.update_bn([data.sample(100)[0]], quantized)
+        update_bn([data.sample(100)[0]], quantized)
         acc_batch_norm, _ = common.evaluate(quantized, data)
         rows.append(
             row
@@ -415,7 +428,7 @@ def quantized_rows(args: Namespace, data: Data, network: nn.Module, row: dict) -
                 "quantizer": args.quantizer,
                 "wbits": wbits,
                 "abits": abits,
-                "noise_wbits": args.wbits,
+                "noise_wbits": weight_noise_bits(args, row["method"]),
                 "noise_abits": args.abits,
                 "acc": acc,
                 "loss": loss,
@@ -438,7 +451,7 @@ def print_ptq_table(rows: list[dict]) -> None:
     )
     print(
         f"{'method':<22}{'W/A':<7}{'acc %':<15}{'vs ' + first['method']:<17}"
-        f"{'new batch norm':<16}{'vs ' + first['method']:<17}seeds"
+        f"{'new batch norm':<15}{'vs ' + first['method']:<17}seeds"
     )
     groups = {}
     for row in rows:
@@ -456,6 +469,7 @@ def print_ptq_table(rows: list[dict]) -> None:
         print(f"{line}{len(by_seed)}")
 
 
+@torch.no_grad()
 def print_errors(args: Namespace, data: Data, network: nn.Module) -> None:
     """The decomposition per layer, and how far the errors are from independent Gaussians."""
     images, _ = data.sample(100)

@@ -2,18 +2,20 @@
 Implicit-Regularization on Hessian Matrix", arXiv 2503.11159.
 
 The idea. Rounding moves the weights and features of a network; where the loss is flat, that does
-little harm. Noise d of mean 0 adds about E[d^2] Tr(H) / 2 to the expected loss, where H is its
-Hessian (Eq. 7). So training under noise makes the loss flat without computing H. FPQ adds uniform
-noise, one step size wide, to the quantized inputs of random layers. It also pulls the standardized
-outputs of all layers towards those of the full-precision network, the teacher.
+little harm. Noise d of mean 0 raises the expected loss by about E[d^2] Tr(H) / 2, where H is the
+loss's Hessian in what d moves (Eq. 7). So training under noise makes the loss flat without
+computing H. FPQ adds uniform noise, one step size wide, to the quantized inputs of random layers.
+It also pulls the output of each layer but the classifier towards that of the full-precision
+network, the teacher, after standardizing both.
 
-The equations are the paper's. What it leaves open is ours and marked [choice].
+The equations are the paper's. What it leaves open is ours and marked [choice]. The paper writes z
+for the zero point and, with an index, for a layer's output; we call outputs features.
 
     paper                            here
     s_l, z, q                        input_quantizer.step_size, .zero_point, .bits     Eq. 3-5
     delta ~ U[-s_l/2, s_l/2], p      stochastic_feature_perturbation(x, step_size, p)  Eq. 9, 14
-    z_l = w_hat * (x_l + delta)      perturbed(student, p), layer_outputs(student)     Eq. 16
-    z_l standardized                 standardize(z)                                    Eq. 15
+    z_l = w_hat * (x_l + delta)      perturbed(student, p); x_l is quantized already   Eq. 16
+    z_l standardized                 standardize(features)                             Eq. 15
     L_CSD                            csd_loss(student_feats, teacher_feats)            Eq. 17
     L = L_CE + L_CSD                 fpq(student, teacher, images, labels, args)       Eq. 22
 
@@ -21,18 +23,20 @@ The equations are the paper's. What it leaves open is ours and marked [choice].
     python fpq.py --bits 2 --ablate --diagnose     all methods, the paper's figures as numbers
 """
 
+import copy
 from argparse import Namespace
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 
-import common  # before torch, for which it sets the threads
+import common  # before torch: it sets how threads wait
 import torch
 import torch.nn.functional as F
-from common import Checkpoint, Data, Progress, calibrate, hidden_layers, hooked, quantize
+from common import Checkpoint, Data, Progress, calibrate, feature_layers, hooked, quantize
 from torch import Tensor, nn
 
-# Section 4 of the paper, and what it does not say: our guesses [choice]. We infer the stem from the
-# published accuracy in full precision, which fits it on CIFAR-10; on CIFAR-100 give --stem cifar.
+# Section 4 of the paper, and our guesses [choice] where it is silent. We infer the stem: with the
+# "imagenet" one, ResNet-18 has about the paper's full-precision accuracy on CIFAR-10. The paper's
+# accuracy on CIFAR-100 fits --stem cifar.
 PAPER = {
     "model": "resnet18",
     "dataset": "cifar10",
@@ -55,9 +59,10 @@ def parse_args() -> Namespace:
     flag("--p", type=common.number(float, 0, 1), default=0.1,
          help="Eq. 14: chance that a layer is perturbed in a step (default: 0.1)")
     flag("--csd-weight", type=weight, default=1.0,
-         help="Eq. 22: weight of L_CSD in the loss (default: 1, as in the paper)")
+         help="weight of the distillation L_CSD in the loss, Eq. 22 (default: 1)")
     flag("--noise-at", choices=["operand", "input", "weight"], default="operand",
-         help="noise after the input quantizer (default), before it, or on the quantized weight")
+         help="noise after the input quantizer (operand, the default), before it (input), or on "
+              "the quantized weight")
     flag("--kd-weight", type=weight, default=1.0,
          help="weight of logit distillation, kd (default: 1)")
     flag("--kd-temperature", type=common.number(float, 0.01, 1e3), default=4.0,
@@ -70,38 +75,35 @@ def parse_args() -> Namespace:
 # ------------------------------------------------------------------------------------- the method
 
 
-def stochastic_feature_perturbation(
-    x: Tensor, step_size: Tensor, p: float, generator: torch.Generator | None = None
-) -> Tensor:
-    """SFP, Eq. 9 and 14: with probability p x + delta, else x.
+def stochastic_feature_perturbation(x: Tensor, step_size: Tensor, p: float) -> Tensor:
+    """SFP, Eq. 9 and 14: perturb x with probability p, and else return it as it is.
 
-        delta ~ U[-s/2, s/2] for each element
+        x + delta,   delta ~ U[-s/2, s/2] for each element
 
-    x has any shape; step_size s broadcasts against it. Each layer tosses its own coin. p is small,
-    because noise in several layers at once has a biased effect (Prop. 1). No gradient flows through
-    delta [choice]. generator: on x's device; None: the CPU tosses the coin.
+    x has any shape; step_size s broadcasts against it. Each layer tosses its own coin. Noise in
+    many layers at once would bias the expected loss (Prop. 1), so p is small. No gradient flows
+    through delta [choice].
     """
-    device = generator.device if generator else "cpu"
-    coin = torch.rand((), generator=generator, device=device)
-    if coin >= p:  # Eq. 14
+    if torch.rand(()) >= p:  # Eq. 14; on the CPU, so that no device is waited for
         return x
-    delta = torch.empty_like(x).uniform_(-0.5, 0.5, generator=generator)
+    delta = torch.empty_like(x).uniform_(-0.5, 0.5)
     return x + delta * step_size.detach()  # Eq. 9
 
 
-def standardize(z: Tensor, eps: float = 1e-5) -> Tensor:
-    """Eq. 15: each channel of z, N x C x ..., scaled to mean 0 and variance 1.
+def standardize(features: Tensor, eps: float = 1e-5) -> Tensor:
+    """Eq. 15: scale each channel of features, N x C x ..., to mean 0 and variance 1.
 
         z~ = (z - mean) / sqrt(variance + eps)
 
-    Mean and variance are over batch and positions [choice]; the text also allows each image alone.
+    Mean and variance are over the batch and all positions [choice]. The text can also be read as
+    over the positions of each image.
     """
-    rows = z.movedim(1, -1)
-    columns = rows.reshape(-1, z.shape[1])  # one for each channel
-    centred = columns - columns.mean(0)
-    variance = torch.linalg.vecdot(centred, centred, dim=0) / len(columns)
-    standardized = centred * (variance + eps).rsqrt()  # Eq. 15
-    return standardized.reshape(rows.shape).movedim(-1, 1)
+    channels_last = features.movedim(1, -1)
+    z = channels_last.reshape(-1, features.shape[1])  # values x channels
+    z = z - z.mean(0)
+    variance = torch.linalg.vecdot(z, z, dim=0) / len(z)  # the mean square
+    z = z * (variance + eps).rsqrt()  # Eq. 15
+    return z.reshape(channels_last.shape).movedim(-1, 1)
 
 
 def csd_loss(student_feats: list[Tensor], teacher_feats: list[Tensor]) -> Tensor:
@@ -109,9 +111,9 @@ def csd_loss(student_feats: list[Tensor], teacher_feats: list[Tensor]) -> Tensor
 
         L_CSD = mean over layers, and over all elements, of (z~_student - z~_teacher)^2
 
-    Both lists hold the outputs z_l, N x C x ..., of the same layers. The paper sums instead. Its
-    sum grows with batch, image and depth, and drowns the cross-entropy, so we take means [choice].
-    For a channel it is 2 (1 - r), where r is the correlation of student and teacher.
+    Both lists hold the outputs, N x C x ..., of the same layers. The paper sums instead of taking
+    means [choice]: its sum grows with batch, image and depth, and drowns the cross-entropy. Of one
+    channel the mean is 2 (1 - r), where r is the correlation of student and teacher.
     """
     distances = []
     for student, teacher in zip(student_feats, teacher_feats, strict=True):
@@ -120,11 +122,11 @@ def csd_loss(student_feats: list[Tensor], teacher_feats: list[Tensor]) -> Tensor
 
 
 def perturbed(student: nn.Module, p: float, noise_at: str = "operand"):
-    """A context in which SFP acts, with chance p each, on the inputs of all layers but the last.
+    """A context in which SFP acts on the inputs of all layers but the classifier.
 
-    "operand": noise after the input quantizer, as in Eq. 16. "input": before it, so that rounding
-    becomes stochastic. "weight": on the quantized weights instead, as Fig. 2 compares. Attention's
-    products of two features get noise on both [choice]. Layers in full precision get none.
+    noise_at is "operand" for noise after the input quantizer, as in Eq. 16. With "input" it comes
+    before it, so that rounding becomes stochastic. With "weight" it is on the quantized weights
+    instead, as Fig. 2 compares. Both factors of attention's products count as inputs [choice].
     """
 
     def after(quantizer, inputs, x_hat):
@@ -135,13 +137,14 @@ def perturbed(student: nn.Module, p: float, noise_at: str = "operand"):
         step_size, _ = quantizer.grid(inputs[0])
         return stochastic_feature_perturbation(inputs[0], step_size, p)
 
-    layers = [layer for layer in hidden_layers(student) if isinstance(layer, common.QuantLayer)]
-    if noise_at == "weight":
-        return hooked([layer.weight_quantizer for layer in layers], after=after)
+    layers = [layer for layer in feature_layers(student) if isinstance(layer, common.QuantLayer)]
     sites = [layer.input_quantizer for layer in layers]
     for module in student.modules():
         if isinstance(module, common.Product):
             sites += [module.a_quantizer, module.b_quantizer]
+    if noise_at == "weight":
+        sites = [layer.weight_quantizer for layer in layers]
+    # What `calibrate` left in full precision has no quantizer, and gets no noise.
     sites = [site for site in sites if isinstance(site, common.Quantizer)]
     if noise_at == "input":
         return hooked(sites, before=before)
@@ -150,29 +153,31 @@ def perturbed(student: nn.Module, p: float, noise_at: str = "operand"):
 
 @contextmanager
 def layer_outputs(model: nn.Module) -> Iterator[list[Tensor]]:
-    """A context that yields a list to which each layer but the last adds its output z_l, N x C x ...
+    """A context with a list of the output, N x C x ..., of each layer but the classifier.
 
-    These are the convolutions, as in the paper: CSD of the classifier would distil logits. Raises
-    RuntimeError if an output is changed in place after that.
+    In ResNets and MobileNets these are the convolutions, as in the paper. CSD of the classifier
+    would be a distillation of logits. Raises RuntimeError if an output is changed in place, as by
+    an nn.ReLU(inplace=True) right after the layer.
     """
     outputs = []
-    versions = []
+    versions = []  # torch counts how often a tensor was changed in place
 
-    def keep(layer, inputs, z):
-        channels = 1 if isinstance(layer, nn.Conv2d) or layer.weight.dim() == 4 else -1
-        outputs.append(z.movedim(channels, 1))
-        versions.append(z._version)
+    def keep(layer, inputs, output):
+        channel = 1 if layer.weight.dim() == 4 else -1  # of a convolution, of a linear layer
+        outputs.append(output.movedim(channel, 1))
+        versions.append(output._version)
 
-    with hooked(hidden_layers(model), after=keep):
+    with hooked(feature_layers(model), after=keep):
         yield outputs
-    if [z._version for z in outputs] != versions:
+    if [output._version for output in outputs] != versions:
         raise RuntimeError(
-            "the output of a layer was changed in place, by nn.ReLU(inplace=True) "
-            "perhaps; distillation needs it as it was"
+            "the output of a layer was changed in place, by nn.ReLU(inplace=True) perhaps; "
+            "distillation needs it as it was"
         )
 
 
-# Each method is a function that returns the loss of a batch. All start from the same network.
+# Each method is a function that returns the loss of a batch: images N x 3 x 32 x 32, labels N.
+# All methods start from the same network.
 
 
 def baseline(
@@ -205,9 +210,11 @@ def fpq(student, teacher, images, labels, args):
 
 
 def kd(student, teacher, images, labels, args):
-    """A rival, the tables' KD row: distillation of logits (Hinton et al. 2015).
+    """A rival, the row KD of the paper's tables: distillation of logits (Hinton et al. 2015).
 
-    L = L_CE + weight T^2 KL(teacher || student),   of softmax(logits / T)
+        L = L_CE + weight T^2 KL(teacher || student)
+
+    The divergence KL is that of the predictions softmax(logits / T).
     """
     logits = student(images)
     with torch.no_grad():
@@ -235,8 +242,11 @@ METHODS = {"baseline": baseline, "sfp": sfp, "csd": csd, "fpq": fpq, "kd": kd, "
 def train(
     args: Namespace, data: Data, method: str, seed: int, network: nn.Module
 ) -> tuple[nn.Module, dict]:
-    """Algorithm 1, from the full-precision `network` on: (quantized network, row of results)."""
-    teacher = network
+    """Algorithm 1. Returns (the quantized network, its row of results).
+
+    Student and teacher are copies of the full-precision `network`; the teacher is never trained.
+    """
+    teacher = network.eval()
     student = quantize(network, args.wbits, args.abits, args.quantizer)
     calibrate(student, data.sample(100)[0])  # Eq. 4-5
     optimizer = common.sgd(student, args.lr, args.weight_decay)
@@ -247,7 +257,7 @@ def train(
 
     for epoch in range(checkpoint.load(), args.epochs):
         student.train()
-        draws = common.epoch_draws("method", seed, epoch)
+        draws = common.epoch_draws("training", seed, epoch)
         progress = Progress(f"{method:<9} seed {seed}  epoch {epoch + 1}/{args.epochs}", steps)
         for i, (images, labels) in enumerate(data.batches(args.batch_size, draws, args.augment)):
             # Learning rate: a cosine from --lr down to 0
@@ -261,10 +271,13 @@ def train(
             # Step: weights, batch norm's parameters, step sizes
             optimizer.step()
             progress.add(loss=loss)
-        # Evaluation, a printed row, checkpoint
+        # With --diagnose, the epoch's share of the paper's figures
         notes = figures_of_epoch(args, data, method, student, teacher) if args.diagnose else {}
+        # Evaluation on some test images, a printed row, checkpoint
         common.end_epoch(checkpoint, progress, **notes)
-    return student.eval(), common.finish(checkpoint)
+    # New statistics for batch norm, evaluation on all test images, a line of results.jsonl
+    row = common.finish(checkpoint)
+    return student.eval(), row
 
 
 # ----------------------------------------------------------------- the paper's figures as numbers
@@ -273,17 +286,17 @@ def train(
 def figures_of_epoch(
     args: Namespace, data: Data, method: str, student: nn.Module, teacher: nn.Module
 ) -> dict:
-    """Fig. 2: |gradient| in the layers' weights; Fig. 5: Hessian trace and its standard error.
+    """Of 256 training images: Fig. 2, the gradient's norm, and Fig. 5, the Hessian's trace.
 
-    ratio: the added term's gradient over the cross-entropy's. All are of 256 training images.
+    Both are in the weights of all layers. ratio: the added term's gradient over cross-entropy's.
     """
-    student = common.copy.deepcopy(student)
+    student = copy.deepcopy(student)
     images, labels = data.sample(256)
-    weights = [layer.weight for layer in hidden_layers(student)]
+    weights = [layer.weight for layer in common.weight_layers(student).values()]
     torch.manual_seed(0)
     loss = METHODS[method](student, teacher, images, labels, args)
-    torch.manual_seed(0)  # the same noise
-    plain = Namespace(**vars(args) | {"csd_weight": 0.0, "kd_weight": 0.0})
+    torch.manual_seed(0)  # once more, under the same noise, without the added term
+    plain = Namespace(**{**vars(args), "csd_weight": 0.0, "kd_weight": 0.0})
     cross_entropy = METHODS[method](student, teacher, images, labels, plain)
     return {
         "gradient": common.gradient_of(loss, weights, retain_graph=True).norm().item(),
@@ -308,7 +321,7 @@ def output_variance(model: nn.Module, images: Tensor, sigma: float, draws: int =
 def relu_output(model: nn.Module, images: Tensor) -> Tensor:
     """Fig. 3, 4: the input of the second layer, values x channels, quantized if that layer is.
 
-    In ResNets and MobileNets it is the output of a ReLU.
+    In ResNets and MobileNets it is the output of a ReLU, max-pooled with the "imagenet" stem.
     """
     found = []
 
@@ -319,7 +332,7 @@ def relu_output(model: nn.Module, images: Tensor) -> Tensor:
         channels_last = x.movedim(1, -1) if layer.weight.dim() == 4 else x
         found.append(channels_last.flatten(0, -2))
 
-    with hooked(hidden_layers(model)[1:2], before=keep):
+    with hooked(feature_layers(model)[1:2], before=keep):
         model(images)
     return found[0]
 

@@ -3,11 +3,15 @@ Extremely Low Bit Quantization-Aware Training", arXiv 2509.15514.
 
 The idea. Few bits bias what a network represents. MEC-Quant keeps the features rich while the
 network learns the labels: it maximises their entropy, measured by the length of a lossy code for
-them. Features have a long tail: a few are far larger than most. So "experts" share the coding, one
-for each range of magnitudes. The loss is the cross-entropy minus beta times the relative length.
+them. A mixture of experts shares the coding, as features have a long tail. The loss is the
+cross-entropy minus beta times the relative length.
 
-We had only the abstract and summaries. Length and series are from Ma et al. 2007 and Liu et al.
-2022 (MEC), the mixture from maximal coding rate reduction (Yu et al. 2020); the rest is [choice].
+We had only the abstract and summaries, which name the coding length and the experts. Length and
+series are those of Ma et al. 2007 and Liu et al. 2022 (MEC). The rest is ours, marked [choice]:
+what the features are, and how the experts share the images. Our experts split the images of a batch
+by the norm of their features. Each codes the directions of its own images. The formula of the
+mixture is that of maximal coding rate reduction (Yu et al. 2020), which minimises it for given
+classes; we maximise it.
 
     symbol                                                                             from
     Z: m x d              normalized_rows(features): m images, d features              [choice]
@@ -15,7 +19,7 @@ We had only the abstract and summaries. Length and series are from Ma et al. 200
     L(Z), L(Z1, Z2)       coding_length(z1, z2, eps2=..., order=...)                   Ma, Liu
     pi_jk                 scale_gates(magnitudes, K): m x K                            [choice]
     L_moe                 moe_coding_length(z, gates, eps2=...)                        [choice]
-    CE - beta L / L_max   mec_quant(student, teacher, ...); longest_code is L_max      [choice]
+    CE - beta L_moe/L_max mixture(student, images, labels, ...); longest_code: L_max   [choice]
 
     python mec_quant.py --bits 2               full precision, baseline (LSQ), MEC-Quant
     python mec_quant.py --wbits 4 --abits 1    activations of one bit
@@ -29,14 +33,14 @@ from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import common  # before torch, for which it sets the threads
+import common  # before torch: it sets how threads wait
 import torch
 import torch.nn.functional as F
 from common import Checkpoint, Data, Progress, calibrate, hooked, quantize
 from torch import Tensor, nn
 
-# FPQ's protocol, which the same authors follow, and our guesses [choice]. On CIFAR-100 give
-# --stem cifar; see fpq.py.
+# Of MEC-Quant's own settings nothing is known. These are those of FPQ (fpq.py), by the same
+# authors, and our guesses [choice]. For CIFAR-100 give --stem cifar.
 PAPER = {
     "model": "resnet18",
     "dataset": "cifar10",
@@ -46,14 +50,16 @@ PAPER = {
     "weight_decay": 5e-4,
 }
 GUESSES = {"stem": "imagenet", "fp_epochs": 200, "fp_lr": 0.1, "fp_weight_decay": 5e-4, "pad": 4}
-ORDERS = [2, 4, 8]  # of the series that --diagnose compares with the exact value
+SERIES_ORDER = 4  # that of Liu et al., which --diagnose compares with the exact value
 
 
 def even(text: str) -> int:
-    """An argparse type: an even order. The last term of an odd one is greatest for equal rows."""
+    """An argparse type: an even order. An odd one is greatest if all rows lie on one line."""
     order = common.number(int, 2, 100)(text)
     if order % 2:
-        raise argparse.ArgumentTypeError(f"{text!r} is odd and rewards equal rows; try {order - 1}")
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is odd, which rewards rows on one line; try {order - 1}"
+        )
     return order
 
 
@@ -85,8 +91,8 @@ def parse_args() -> Namespace:
 def normalized_rows(features: Tensor) -> Tensor:
     """Z: features (m x d) minus their mean over the batch, each row scaled to norm 1.
 
-    We centre [choice], because ReLU features have much of their energy in one direction. Equal rows
-    give 0.
+    We centre [choice], because ReLU features have much of their energy in one direction. If all
+    rows are equal, Z is 0.
     """
     z = features - features.mean(0)
     return z * (z.square().sum(1, keepdim=True) + 1e-6).rsqrt()
@@ -106,9 +112,10 @@ def series_logdet(c: Tensor, order: int) -> Tensor:
 
 
 def exact_logdet(c: Tensor, symmetric: bool) -> Tensor:
-    """log |det(I + C)| of ... x n x n.
+    """log |det(I + C)| of one n x n matrix C or of a stack of them.
 
-    A symmetric C, as with one branch, needs Cholesky only, which does not wait for the device.
+    With one branch I + C is symmetric and positive definite. Then Cholesky factors are enough, and
+    the device is not waited for.
     """
     identity = torch.eye(c.shape[-1], dtype=c.dtype, device=c.device)
     if symmetric:
@@ -124,8 +131,9 @@ def coding_length(
 
         L = mu log det(I + lambda Z1^T Z2),   mu = (m + d) / 2,   lambda = 1 / (m eps_d^2)
 
-    The code may make the squared error eps_d^2 per feature. Half the logarithm of the determinant
-    counts the balls of that error that fill the features' volume (Ma). Z2 is Z1 by default.
+    The code may make the squared error eps_d^2 per feature. Half the log det is the logarithm of
+    how many balls of that error fill the volume of the features. It is paid for each of m rows and
+    d directions (Ma). Z2 is Z1 by default.
 
     As det(I + AB) = det(I + BA), we take the smaller of the d x d and the m x m matrix. The default
     is exact. An even `order` takes the series of Liu et al.; if it diverges, a warning says so and
@@ -140,10 +148,10 @@ def coding_length(
 
 
 def series_converges(c: Tensor, order: int) -> bool:
-    """Whether the spectral norm of C is below 1; it waits for the device."""
+    """Whether the spectral norm of C is below 1. It waits for the device."""
     if order % 2 or order < 2:
-        raise ValueError(f"order should be 2, 4, 6, ..., not {order}: odd ones reward equal rows")
-    if not c.isfinite().all():  # LAPACK would raise; the series gives a loss of nan
+        raise ValueError(f"order should be even, not {order}: an odd one rewards rows on one line")
+    if not c.isfinite().all():  # the norm would raise; the series gives nan, which is reported
         return True
     norm = torch.linalg.matrix_norm(c.detach(), 2).item()
     if norm >= 1:
@@ -161,10 +169,10 @@ def moe_coding_length(z: Tensor, gates: Tensor, *, eps2: float, z2: Tensor | Non
         L_moe = (m + d) / 2 sum_k n_k / m log det(I + 1 / (n_k eps_d^2) Z^T diag(pi_k) Z2)
         n_k = sum_j pi_jk
 
-    gates: pi, m x K, rows sum to 1. One expert gives L(Z). As log det is concave, more give a lower
-    bound of L(Z), if Z2 is Z1, which is safe to maximise. Weights (n_k + d) / 2, the cost of K
-    separate codes, would break the bound [choice]. The bits that name the expert are left out, as
-    the gates are constants. The K matrices are d x d or, if smaller, m x m.
+    gates: pi, m x K, rows sum to 1. With one expert it is L(Z). With more, and one branch, it is at
+    most L(Z), because log det is concave: so it is safe to maximise. That needs the weights n_k / m
+    [choice]. We leave out the bits that name an image's expert, as the gates are constants. The K
+    matrices are d x d or, if smaller, m x m.
     """
     m, d = z.shape
     n = gates.sum(0).clamp_min(common.TINY)
@@ -177,11 +185,11 @@ def moe_coding_length(z: Tensor, gates: Tensor, *, eps2: float, z2: Tensor | Non
 
 
 def scale_gates(magnitudes: Tensor, experts: int) -> Tensor:
-    """pi: m x K, rows sum to 1: a soft choice of an expert by the row's magnitude [choice].
+    """pi, m x K: how much of each image belongs to each expert, by its magnitude [choice].
 
-    A long tail is a mixture of scales. So each expert has a Gaussian over the log-magnitude: expert
-    k at the (k + 1/2) / K quantile, with width std / K. magnitudes: m, the norms of the features
-    before `normalized_rows`. No gradient flows.
+    magnitudes: m, the norms of the images' features before `normalized_rows`. A long tail is a
+    mixture of scales, so an expert stands for a scale: a Gaussian over the log-magnitude. That of
+    expert k is at the (k + 1/2) / K quantile, of width std / K. Rows sum to 1. No gradient flows.
     """
     scale = magnitudes.detach().clamp_min(common.TINY).log()
     levels = (torch.arange(experts, device=scale.device, dtype=scale.dtype) + 0.5) / experts
@@ -191,12 +199,12 @@ def scale_gates(magnitudes: Tensor, experts: int) -> Tensor:
 
 
 def random_gates(magnitudes: Tensor, experts: int) -> Tensor:
-    """The control of `scale_gates`: random gates, m x K, about as soft as those."""
+    """The control of `scale_gates`: gates for random magnitudes, drawn anew in each step."""
     return scale_gates(torch.randn_like(magnitudes).exp(), experts)
 
 
 def longest_code(m: int, d: int, eps2: float) -> float:
-    """L_max: L(Z) of m unit rows spread evenly over r directions; beta then fits any m and d."""
+    """L_max: L(Z) of m unit rows that spread evenly over r directions, so that L / L_max <= 1."""
     r = min(m, d)
     return (m + d) / 2 * r * math.log(1 + 1 / (r * eps2))
 
@@ -214,7 +222,8 @@ def penultimate(model: nn.Module, features: str = "float") -> Iterator[list[Tens
         yield found
 
 
-# Each method is a function that returns the loss of a batch. All start from the same network.
+# Each method is a function that returns the loss of a batch: images N x 3 x 32 x 32, labels N.
+# All methods start from the same network.
 
 
 def baseline(
@@ -235,7 +244,7 @@ def mec(student, teacher, images, labels, args):
 
 
 def mixture(student, images, labels, args, gates_of, other=None):
-    """L = CE - beta L_moe / L_max, with the gates gates_of(magnitudes, K) and another branch's Z."""
+    """L = CE - beta L_moe / L_max, for gates gates_of(magnitudes, K) and another branch's Z."""
     with penultimate(student, args.features) as features:
         logits = student(images)
     z = normalized_rows(features[0])
@@ -257,7 +266,7 @@ def branch(student, teacher, images, labels, args):
     return mixture(student, images, labels, args, scale_gates, normalized_rows(features[0]))
 
 
-def random(student, teacher, images, labels, args):
+def random_experts(student, teacher, images, labels, args):
     """A control: experts that share the rows at random."""
     return mixture(student, images, labels, args, random_gates)
 
@@ -267,7 +276,7 @@ METHODS = {
     "mec": mec,
     "mec-quant": mec_quant,
     "branch": branch,
-    "random": random,
+    "random": random_experts,
 }
 
 
@@ -277,8 +286,11 @@ METHODS = {
 def train(
     args: Namespace, data: Data, method: str, seed: int, network: nn.Module
 ) -> tuple[nn.Module, dict]:
-    """From the full-precision `network` on: (quantized network, row of results)."""
-    teacher = network
+    """Returns (the quantized network, its row of results).
+
+    Student and teacher are copies of the full-precision `network`; the teacher is never trained.
+    """
+    teacher = network.eval()
     student = quantize(network, args.wbits, args.abits, args.quantizer)
     calibrate(student, data.sample(100)[0])
     optimizer = common.sgd(student, args.lr, args.weight_decay)
@@ -289,7 +301,7 @@ def train(
 
     for epoch in range(checkpoint.load(), args.epochs):
         student.train()
-        draws = common.epoch_draws("method", seed, epoch)
+        draws = common.epoch_draws("training", seed, epoch)
         progress = Progress(f"{method:<9} seed {seed}  epoch {epoch + 1}/{args.epochs}", steps)
         for i, (images, labels) in enumerate(data.batches(args.batch_size, draws, args.augment)):
             # Learning rate: a cosine from --lr down to 0
@@ -303,10 +315,13 @@ def train(
             # Step: weights, batch norm's parameters, step sizes
             optimizer.step()
             progress.add(loss=loss)
-        # Evaluation, a printed row, checkpoint
+        # With --diagnose, the epoch's figures
         notes = figures_of_epoch(args, data, method, student, teacher) if args.diagnose else {}
+        # Evaluation on some test images, a printed row, checkpoint
         common.end_epoch(checkpoint, progress, **notes)
-    return student.eval(), common.finish(checkpoint)
+    # New statistics for batch norm, evaluation on all test images, a line of results.jsonl
+    row = common.finish(checkpoint)
+    return student.eval(), row
 
 
 # ----------------------------------------------------------------- the paper's claims as numbers
@@ -326,24 +341,22 @@ def figures_of_epoch(
 ) -> dict:
     """ratio: |gradient of the term| / |gradient of the cross-entropy|, of 256 training images.
 
-    series: the spectral norm of C, then the relative error of the series of each of ORDERS.
+    series: the spectral norm of C, and the relative error of its series of order SERIES_ORDER.
     """
-    student = copy.deepcopy(student)
+    series = series_errors(features_of(student, data), args.eps2)
+    student = copy.deepcopy(student)  # as its batch norm is moved
     images, labels = data.sample(256)
     loss = METHODS[method](student, teacher, images, labels, args)
     cross_entropy = baseline(student, teacher, images, labels, args)
-    return {
-        "ratio": common.gradient_ratio(loss, cross_entropy, student),
-        "series": series_errors(features_of(student, data), args.eps2),
-    }
+    return {"ratio": common.gradient_ratio(loss, cross_entropy, student), "series": series}
 
 
 def series_errors(features: Tensor, eps2: float) -> list[float]:
     z = normalized_rows(features)
     c = (z.T @ z / (len(z) * eps2)).nan_to_num()  # nan would raise here; end_epoch names it
     exact = exact_logdet(c, symmetric=True)
-    errors = [(series_logdet(c, order) - exact) / exact for order in ORDERS]
-    return [torch.linalg.matrix_norm(c, 2).item(), *torch.stack(errors).tolist()]
+    error = (series_logdet(c, SERIES_ORDER) - exact) / exact
+    return [torch.linalg.matrix_norm(c, 2).item(), error.item()]
 
 
 def spectrum(features: Tensor, eps2: float) -> tuple[float, float, float]:
@@ -372,12 +385,12 @@ def diagnose(args: Namespace, data: Data, network: nn.Module, trained: dict) -> 
         common.print_row(name, f"{length:.4f}", f"{rank:.2f}", f"{100 * top:.1f} %")
     print("\n|gradient of the term| / |gradient of the cross-entropy|, after each epoch")
     common.print_by_epoch(trained, histories, "ratio", lambda ratio: f"{ratio:.4f}")
-    print(f"\nspectral norm of C, and the relative error of its series of order {ORDERS[1]}")
-    common.print_by_epoch(trained, histories, "series", lambda s: f"{s[0]:.2f} {s[2]:+.3f}")
-    last = list(trained)[-1]
-    magnitudes = features[last].norm(dim=1)
+    print(f"\nspectral norm of C, and the relative error of its series of order {SERIES_ORDER}")
+    common.print_by_epoch(trained, histories, "series", lambda s: f"{s[0]:.2f} {s[1]:+.0f}")
+    name = "mec-quant" if "mec-quant" in trained else list(trained)[-1]
+    magnitudes = features[name].norm(dim=1)
     gates = scale_gates(magnitudes, args.experts)
-    print(f"\nscale gates on {last}: mean gate, magnitudes where it is the largest")
+    print(f"\nscale gates on {name}: mean gate, magnitudes where it is the largest")
     common.print_row("expert", "gate", "from", "to")
     for k in range(args.experts):
         own = magnitudes[gates.argmax(1) == k]

@@ -168,5 +168,5 @@ def first_batch(network, data, args, *views):
     The next draws from torch's generator are the script's noise.
     """
     student = student_of(network, data, args.wbits, args.abits, args.quantizer)
-    draws = common.epoch_draws("method", 0, 0)
+    draws = common.epoch_draws("training", 0, 0)
     return student, next(data.batches(args.batch_size, draws, *views))

@@ -13,8 +13,8 @@ import shutil
 import signal
 import sys
 import time
+from functools import partial
 from pathlib import Path
-from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -25,56 +25,60 @@ import common
 from conftest import SHAPES
 from test_common import at_once
 
-SHORT = "--batch-size 8 --fp-epochs 2 --epochs 2 --dataset folder --data-dir"
-FLAT = "--batch-size 8 --fp-epochs 4 --dataset folder --data-dir"
-FLAGS = {"fpq": "--method fpq --p 0.5", "cr_qat": "--method cr --views crop+flip+noise",
-         "mec_quant": "--method branch", "flat_quant": "--method weight+activation"}
+SHORT = "--batch-size 8 --fp-epochs 2 --dataset folder --data-dir"
+DRY = "--dry-run --method baseline"
+FLAGS = {
+    "fpq": "--epochs 2 --method fpq --p 0.5",
+    "cr_qat": "--epochs 2 --method cr --views crop+flip+noise",
+    "mec_quant": "--epochs 2 --method branch",
+    "flat_quant": "--fp-epochs 4 --method weight+activation"}
 PROCESSES = multiprocessing.get_context("forkserver")  # forks of one that has only imported
 PROCESSES.set_forkserver_preload(["torch._dynamo", "torchvision", "pytest"])
 
 
 @pytest.fixture(scope="session")
 def images(tmp_path_factory) -> Path:
-    """Three classes of coloured noise, 12 and 4 images each; one of another size and mode."""
+    """Three classes of coloured noise, twice 12 images each; one of another size and mode."""
     root = tmp_path_factory.mktemp("images")
     rng = np.random.default_rng(0)
     for part, name, i in itertools.product(("train", "test"), "abc", range(12)):
         folder = root / part / name
         folder.mkdir(parents=True, exist_ok=True)
-        if part == "train" or i < 4:
-            pixels = rng.normal(60 * ord(name) - 5760, 40, (32, 32, 3)).clip(0, 255)
-            Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{i:02}.png")
+        pixels = rng.normal(60 * ord(name) - 5760, 40, (32, 32, 3)).clip(0, 255)
+        Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{i:02}.png")
     Image.new("LA", (40, 20)).save(root / "train/c/00.png")
     return root
 
 
 def assert_one_line(result, says: str, code: int = 2, out: Path | None = None) -> None:
     """One line that says so on stderr, the exit code, and no result or checkpoint in `out`."""
-    assert result.code == code and says in result.err, result
+    assert says in result.err, result
+    assert result.code == code
     assert len(result.err.strip().splitlines()) == 1, result.err
-    written = [p for p in out.rglob("*") if p.is_file()] if out else []
-    assert not any(p.stat().st_size for p in written if p.suffix != ".npy")
+    for path in out.rglob("*") if out else []:
+        assert path.is_dir() or path.suffix == ".npy" or not path.stat().st_size
 
 
 # ------------------------------------------------------------------------------------------ kills
 
 
-def child(argv: list[str], moment: tuple | None) -> None:
-    """A run of a script, in a process of its own.
+def child(argv: list[str], moment: int | None) -> None:
+    """A run of a script, in a process of its own, which may be killed.
 
-    A moment (n, "before") or (n, "after") is that of the n-th checkpoint, or array of images,
-    taking its place; there it is killed.
+    Moments are counted: one before and one after each checkpoint, or array of images, takes its
+    place.
     """
     replace = os.replace
-    written = itertools.count(1)
+    moments = itertools.count(1)
+
+    def pass_or_die():
+        if next(moments) == moment:
+            os.kill(os.getpid(), signal.SIGKILL)
 
     def replace_or_die(*paths):
-        number = next(written)
-        if moment == (number, "before"):
-            os.kill(os.getpid(), signal.SIGKILL)
+        pass_or_die()
         replace(*paths)
-        if moment == (number, "after"):
-            os.kill(os.getpid(), signal.SIGKILL)
+        pass_or_die()
 
     torch.set_num_threads(1)
     common.sharpness = lambda *_: (0.0, 0.0, 0.0)
@@ -86,15 +90,14 @@ def child(argv: list[str], moment: tuple | None) -> None:
 
 def start(script: str, images: Path, out: Path, *flags: str, moment=None):
     """The process of a script."""
-    short = FLAT if script == "flat_quant" else SHORT
-    argv = f"{script}.py {short} {images} {FLAGS[script]} --out {out}".split()
+    argv = f"{script}.py {SHORT} {images} {FLAGS[script]} --out {out}".split()
     process = PROCESSES.Process(target=child, args=([*argv, *flags], moment))
     process.start()
     return process
 
 
 def drive(*args, moment=None) -> int:
-    """The exit code, -9 if killed; a moment that is a number kills after so many seconds."""
+    """The exit code, -9 if killed; a moment that is a float is in seconds."""
     process = start(*args, moment=moment)
     process.join(moment if isinstance(moment, float) else None)
     process.kill()
@@ -131,52 +134,48 @@ def results(out: Path) -> list[dict]:
 def assert_equal_runs(one: Path, other: Path) -> None:
     """Equal weights, optimizer, averages, history and results, bit for bit."""
     assert plain(results(one)) == plain(results(other)) != []
-    names = sorted(path.name for path in one.glob("*.pt"))
-    assert names == sorted(path.name for path in other.glob("*.pt")) != []
+    names = {path.name for path in one.glob("*.pt")}
+    assert names == {path.name for path in other.glob("*.pt")}
     for name in names:
         assert plain(torch.load(one / name)) == plain(torch.load(other / name)), name
 
 
-def finish_and_compare(script: str, images: Path, out: Path, whole: Path) -> None:
-    """A last run ends as undisturbed, and one more changes no file."""
-    assert drive(script, images, out, "--resume") == 0
-    assert_equal_runs(whole, out)
-    before = {path: path.read_bytes() for path in out.iterdir()}
-    assert drive(script, images, out) == 0
-    assert before == {path: path.read_bytes() for path in out.iterdir()}
-
-
 @pytest.mark.parametrize("script", FLAGS)
-def test_killed_at_checkpoints_and_resumed_ends_as_undisturbed(
-        script, images, undisturbed, tmp_path):
-    """The first kill is at the array of images, the last between checkpoint and result."""
-    for moment in [(1, "before"), (2, "after"), (2, "before"), (1, "after"), (2, "after"),
-                   (1, "after")]:
-        assert drive(script, images, tmp_path, "--resume", moment=moment) == -9
-    finish_and_compare(script, images, tmp_path, undisturbed[script][0])
+@pytest.mark.parametrize("seed", [
+    None, *(pytest.param(seed, marks=pytest.mark.kills) for seed in range(10))])
+def test_killed_and_resumed_ends_as_undisturbed(seed, script, images, undisturbed, tmp_path):
+    """Killed while files are replaced, or at a random moment, if there is a seed.
 
-
-@pytest.mark.kills
-@pytest.mark.parametrize("script", FLAGS)
-@pytest.mark.parametrize("seed", range(10))
-def test_killed_at_random_and_resumed_ends_as_undisturbed(
-        seed, script, images, undisturbed, tmp_path):
+    The first kill is at the array of images, the last between checkpoint and result. A finished
+    command that is repeated changes no file.
+    """
     whole, seconds = undisturbed[script]
-    moment = random.Random(seed).uniform(0.05, 0.9) * seconds
-    assert drive(script, images, tmp_path, "--resume", moment=moment) in (-9, 0)  # or too late
-    finish_and_compare(script, images, tmp_path, whole)
+    codes = {-9}
+    moments = [1, 4, 3, 4, 1, 2, 2]
+    if seed is not None:
+        codes = {-9, 0}  # by chance too late
+        moments = [random.Random(seed).uniform(0.05, 0.9) * seconds]
+    for moment in moments:
+        assert drive(script, images, tmp_path, "--resume", moment=moment) in codes
+    assert drive(script, images, tmp_path, "--resume") == 0
+    assert_equal_runs(whole, tmp_path)
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    assert drive(script, images, tmp_path) == 0
+    assert before == {path: path.read_bytes() for path in tmp_path.iterdir()}
 
 
 def test_ctrl_c_is_one_line_and_only_resume_continues(run, images, tmp_path, monkeypatch):
     """It is pressed in the method's second epoch. Full precision is read in any case."""
-    def batches(data, *args, batches=common.Data.batches):
-        if data.fingerprint and len(list(tmp_path.glob("fpq-*.pt"))):
-            raise KeyboardInterrupt
-        return batches(data, *args)
+    epoch_draws = common.epoch_draws
 
-    flags = (SHORT, images, "--method fpq")
+    def interrupted(stage, seed, epoch):
+        if stage == "training" and epoch == 1:
+            raise KeyboardInterrupt
+        return epoch_draws(stage, seed, epoch)
+
+    flags = (SHORT, images, FLAGS["fpq"])
     with monkeypatch.context() as patch:
-        patch.setattr(common.Data, "batches", batches)
+        patch.setattr(common, "epoch_draws", interrupted)
         assert_one_line(run("fpq", *flags), "interrupted; add --resume", 130)
     file = next(tmp_path.glob("fpq-*.pt"))
     saved = file.read_bytes()
@@ -204,20 +203,17 @@ class Trap:
 
 def test_damaged_checkpoints_are_refused_and_run_no_code(run, images, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    flags = (SHORT, images, "--dry-run --method baseline")
-    assert run("fpq", *flags).code == 0
+    assert run("fpq", SHORT, images, DRY).code == 0
     for file in tmp_path.rglob("*.pt"):
         whole = file.read_bytes()
         state = torch.load(file)
         at = whole.index(state["model"]["6.weight"].numpy().tobytes())
         flipped = whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1:]
-        no_optimizer = {k: v for k, v in state.items() if k != "optimizer"}
-        for damaged in [b"", whole[:5000], flipped, as_file(Trap()), as_file({"a": Trap()}),
-                        as_file({"weights": torch.ones(3)}), as_file(no_optimizer)]:
+        del state["optimizer"]
+        for damaged in [b"", whole[:5000], flipped, as_file(state), as_file({}), as_file(Trap())]:
             file.write_bytes(damaged)
-            assert_one_line(run("fpq", *flags), f"{file} is damaged (")
-            assert file.read_bytes() == damaged and not Path("trap").exists()
-        file.write_bytes(as_file(Trap()))
+            assert_one_line(run("fpq", SHORT, images, DRY), f"{file} is damaged (")
+            assert file.read_bytes() == damaged
         with pytest.raises(common.UsageError, match="is damaged"):
             common.load(file)
         file.write_bytes(whole)
@@ -225,21 +221,19 @@ def test_damaged_checkpoints_are_refused_and_run_no_code(run, images, tmp_path, 
 
 
 def test_a_checkpoint_of_other_settings_is_refused_by_the_flag(run, images, tmp_path):
-    flags = (SHORT, images, "--dry-run --method baseline")
-    run("fpq", *flags)
+    run("fpq", SHORT, images, DRY)
     file = next(tmp_path.rglob("fp-*.pt"))
     state = torch.load(file)
     state["settings"]["pad"] = 3
     file.write_bytes(as_file(state))
-    assert_one_line(run("fpq", *flags), f"{file} has pad 3, not 2; delete it")
+    assert_one_line(run("fpq", SHORT, images, DRY), f"{file} has pad 3, not 2; delete it")
 
 
 def test_a_damaged_array_of_images_is_one_line(run, images, tmp_path):
-    flags = (SHORT, images, "--dry-run --method baseline")
-    run("fpq", *flags)
+    run("fpq", SHORT, images, DRY)
     file = next(tmp_path.rglob("*.npy"))
     os.truncate(file, 5000)
-    assert_one_line(run("fpq", *flags), str(file))
+    assert_one_line(run("fpq", SHORT, images, DRY), str(file))
 
 
 def row(name: str, **entries) -> dict:
@@ -272,49 +266,50 @@ def test_a_row_begins_a_new_line_after_a_half_written_one(parse):
     assert half == '{"method": "fp"' and json.loads(line)["run"] == "new"
 
 
+class SlowFile(io.FileIO):
+    """Another command may write while this one has read and not yet written."""
+
+    def read(self):
+        content = super().read()
+        time.sleep(0.05)
+        return content
+
+
 @pytest.mark.parametrize("name", ["fp-shapes", 'fp-folder büch"er'])
 def test_a_row_is_written_once(name, parse, monkeypatch):
-    """Also by commands that look for it at the same time; another row is written beside it."""
-    class SlowFile(io.FileIO):
-        def read(self):
-            content = super().read()
-            time.sleep(0.05)
-            return content
-
+    """Also by two commands at once; another row is written beside it."""
     args = parse("fpq")
     monkeypatch.setattr(common, "open", lambda path, mode, **_: SlowFile(path, mode), raising=False)
-    at_once(*[lambda name=name: common.record(args, row(name)) for name in (name, name, "b")])
-    assert sorted(found["run"] for found in results(args.out)) == ["b", name]
+    at_once(*[partial(common.record, args, row(own)) for own in (name, name, "a")])
+    assert sorted(found["run"] for found in results(args.out)) == ["a", name]
 
 
 def test_commands_at_once_write_a_row_each(images, undisturbed, tmp_path):
-    """Here the same command twice, and two others, in one folder."""
-    scripts = ["fpq", "fpq", "cr_qat", "flat_quant"]
+    """Here one command twice, and another with the same network in full precision."""
+    scripts = ["fpq", "fpq", "cr_qat"]
     processes = [start(script, images, tmp_path) for script in scripts]
     for process in processes:
         process.join()
-    assert [process.exitcode for process in processes] == [0] * 4
-    whole = {found["row"] for script in scripts for found in results(undisturbed[script][0])}
-    assert sorted(found["row"] for found in results(tmp_path)) == sorted(whole)
+        assert process.exitcode == 0
+    rows = [found["key"] for script in scripts for found in results(undisturbed[script][0])]
+    assert sorted(found["key"] for found in results(tmp_path)) == sorted(set(rows))
 
 
-@pytest.mark.parametrize("last", ["reading", "table"])
-def test_a_reader_that_leaves_ends_the_script_without_a_word(last, run, monkeypatch, tiny_networks):
-    """As `| head -1` does; it leaves at once, or before the table, which is not flushed."""
+@pytest.mark.parametrize("moment", ["keep_freed_memory", "print_table"])
+def test_a_reader_that_leaves_ends_the_script_without_a_word(
+        moment, run, monkeypatch, tiny_networks):
+    """As `| head -1` does, at once or when only the table is unread, which is not flushed."""
     reader, writer = os.pipe()
 
     def leave(*_):
         os.close(reader)
         print("unread")
 
-    if last == "table":
-        monkeypatch.setattr(common, "print_table", leave)
-    else:
-        os.close(reader)
-    with open(writer, "w") as pipe, monkeypatch.context() as patch:
-        patch.setattr(sys, "stdout", pipe)
+    monkeypatch.setattr(common, moment, leave)
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", open(writer, "w"))
         result = run("fpq", SHAPES)
-        pipe.flush()  # as Python does when it ends
+        sys.stdout.flush()  # as Python does when it ends
     assert (result.code, result.err) == (141, "")
 
 
@@ -329,8 +324,10 @@ BAD = dict(case.split() for case in """
     --ramp-epochs -inf, --order 3, --beta 1_, --eps2 0, --experts 65, --sam-rho -1,
     --noise-lambda +, --label-smoothing 2, --swa-rate -1, --noise-bits 1,
     --mod resnet8""".split(","))
-MORE = {"cr_qat": ["--views none flip none", "--labels 6 --batch-size 7"], "fpq": [],
-        "flat_quant": ["--method +", "--method weight+isotropic"], "mec_quant": ["--order 2"]}
+MORE = {
+    "cr_qat": ["--views none flip none", "--labels 6 --batch-size 7"],
+    "flat_quant": ["--method weight+isotropic"],
+    "mec_quant": ["--order 2"]}
 
 
 @pytest.mark.parametrize("script", FLAGS)
@@ -338,7 +335,8 @@ def test_one_bad_value_per_flag_is_one_line_and_writes_nothing(script, run, imag
     """Flags that are not in BAD, those with choices, switches and --device, refuse "yes"."""
     flags = {"--mod", *re.findall(" (--[a-z0-9-]+)", run(script, "--help").out)} - {"--help"}
     assert len(flags) > 25
-    for case in [*(f"{flag}={BAD.get(flag, 'yes')}" for flag in flags), *MORE[script]]:
+    cases = [f"{flag}={BAD.get(flag, 'yes')}" for flag in flags]
+    for case in cases + MORE.get(script, []):
         result = run(script, "--dataset folder --data-dir", images, "--dry-run", case)
         flag, value = re.split("[= ]", case)[:2]
         assert_one_line(result, value if flag == "--out" else flag, out=tmp_path)
@@ -359,31 +357,30 @@ def test_bad_folders_are_one_line(spoil, images, run, tmp_path):
     assert_one_line(run("fpq", SHORT, folder, "--out", out), str(folder), out=out)
 
 
-def test_a_class_without_a_training_image_is_one_line(images, run, tmp_path):
-    folder = shutil.copytree(images, tmp_path / "images")
-    for i in range(1, 12):
-        (folder / f"train/a/{i:02}.png").unlink()
-    result = run("fpq", SHORT, folder, "--val 9 --out", tmp_path / "out")
-    assert_one_line(result, "--val 9 leaves 1 of 3 classes without an image")
+def test_a_class_without_a_training_image_is_one_line(images, run):
+    result = run("fpq", SHORT, images, "--val 34")
+    assert_one_line(result, "--val 34 leaves 1 of 3 classes without an image")
 
 
 @pytest.mark.parametrize("script,flags", [
-    ("fpq", "--batch-size 2 --p 1"), ("cr_qat", "--batch-size 8 --labels 3 --ema 1"),
+    ("fpq", "--batch-size 2 --p 1"),
+    ("cr_qat", "--batch-size 8 --labels 3 --ema 1"),
     ("mec_quant", "--experts 8 --abits 1 --train-size 3"),
     ("flat_quant", "--method weight+activation --train-size 3 --rho 0 --noise-lambda 3")])
-def test_equal_black_images_and_extreme_values_run(script, flags, images, run, tmp_path):
+def test_black_images_and_extreme_values_run(script, flags, images, run, tmp_path, tiny_networks):
     folder = shutil.copytree(images, tmp_path / "images")
     for file in folder.rglob("*.png"):
         Image.new("RGB", (32, 32)).save(file)
-    result = run(script, "--dataset folder --data-dir", folder, "--dry-run --diagnose", flags)
-    assert result.code == 0 and np.isfinite([found["loss"] for found in result.results]).all()
+    result = run(script, SHORT, folder, "--dry-run --diagnose", flags)
+    assert result.code == 0
+    assert np.isfinite([found["loss"] for found in result.results]).all()
 
 
 @pytest.mark.parametrize("script,flags", [
-    ("fpq", "--method fpq --lr 1000 --weight-decay 1 --epochs 9"),
-    ("mec_quant", "--method mec --order 4 --lr 1000 --weight-decay 1 --diagnose --epochs 9")])
+    ("fpq", "--method fpq"),
+    ("mec_quant", "--method mec --order 4 --diagnose")])
 def test_divergence_is_one_line_and_keeps_the_epochs_before(script, flags, images, run, tmp_path):
-    result = run(script, SHORT, images, flags)
+    result = run(script, SHORT, images, "--lr 1000 --weight-decay 1 --epochs 9", flags)
     assert_one_line(result, "try a smaller --lr", 3)
     kept = torch.load(next(tmp_path.glob(f"{flags.split()[1]}-*.pt")))
     assert f"not finite in epoch {len(kept['history']) + 1};" in result.err

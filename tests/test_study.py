@@ -1,0 +1,152 @@
+"""tests/study.py: the rule of its readings, its plan, and that the report is what the data give."""
+
+import shlex
+from xml.etree import ElementTree
+
+import pytest
+
+import study
+
+close = pytest.approx
+COLUMN = {"name": "", "flags": "--bits 2", "wbits": 2, "abits": 2, "figure": "acc"}
+
+
+def results_of(method, accs, **entries):
+    """Rows of results, from seed 0 on; None is a seed that has not run."""
+    rows = []
+    for seed, acc in enumerate(accs):
+        text = f"python fpq.py --bits 2 --method {method} --seed {seed}"
+        if acc is not None:
+            rows.append({
+                "command": text,
+                "method": method,
+                "seed": seed,
+                "data": seed,
+                "wbits": 2,
+                "abits": 2,
+                "acc": acc,
+                "loss": -acc,
+            } | entries)
+    return rows
+
+
+def table_of(*names, **entries):
+    rows = [{"name": name, "command": f"fpq.py --method {name}", "method": name} for name in names]
+    table = {"title": "", "flags": "", "seeds": range(5), "columns": [COLUMN], "rows": rows}
+    return table | entries
+
+
+def test_differences_are_paired_by_seed():
+    rows = results_of("baseline", [10, None, 30, 40]) + results_of("fpq", [11, 22, 33])
+    baseline, fpq = study.settings(study.index(rows), table_of("baseline", "fpq"))
+    assert fpq.accuracy == [11, 22, 33]
+    assert fpq.differences == [1, 3]
+    assert fpq.losses == [-1, -3]
+    assert baseline.differences == []
+
+
+def test_against_another_row():
+    rows = results_of("a", [1]) + results_of("b", [2]) + results_of("c", [5])
+    table = table_of("a", "b", "c")
+    table["rows"][2]["against"] = "b"
+    assert study.settings(study.index(rows), table)[2].differences == [3]
+
+
+def test_full_precision_of_the_same_start():
+    rows = results_of("baseline", [60, 61], augment="none")
+    rows += results_of("fp", [70, 70], augment="none")
+    rows += results_of("fp", [50, 50], augment="flip")
+    table = table_of("baseline", "full precision")
+    table["rows"][1] = {"name": "full precision", "method": "fp"}
+    assert study.settings(study.index(rows), table)[1].differences == [10, 9]
+
+
+def test_interval():
+    """The standard deviation is sqrt(2.5), and t for 4 degrees of freedom 2.7764."""
+    assert study.interval([1, 2, 3, 4, 5]) == close((3 - 1.9632, 3 + 1.9632), abs=1e-4)
+    assert study.cell([1, 2, 3, 4, 5], 2) == "+3.00 [+1.04, +4.96]"
+    assert study.cell([1], 2) == "+1.00"
+
+
+@pytest.mark.parametrize("sample, published, expected", [
+    ([1, 2, 3, 4, 5], None, "gain"),
+    ([-1, -2, -3, -4, -5], None, "loss"),
+    ([3, -1, 2, 1, 1], None, "cannot tell"),
+    ([1, 2, 3, 4], 9, "too few seeds"),
+    ([], 9, ""),
+    ([1, 2, 3, 4, 5], 4.9, "gain; includes the published"),
+    ([1, 2, 3, 4, 5], 5, "gain; excludes the published"),
+])
+def test_reading(sample, published, expected):
+    assert study.reading(sample, published) == expected
+
+
+def test_detectable():
+    """The variances are 1 and 4, the sum of the quantiles 5.3634."""
+    assert study.detectable([[1, 2, 3], [0, 2, 4]]) == close(5.3634 * (2.5 / 3) ** 0.5, abs=1e-4)
+
+
+def test_table_says_what_has_not_run():
+    rows = results_of("baseline", [1, 2, 3]) + results_of("fpq", [2, 4, 6])
+    table = table_of("baseline", "fpq", "kd", reading=False)
+    text = study.study_table(study.index(rows), table)
+    assert "| fpq | 4.00 | +2.00 [-0.48, +4.48] | -2.000 [-4.484, +0.484] |  |  | 3 of 5 |" in text
+    assert "| kd | not run yet |  |  |  |  | 0 of 5 |" in text
+    assert "Of its 2 intervals 0.1 would" in text
+
+
+def test_half_written_line(tmp_path):
+    file = tmp_path / "study.jsonl"
+    file.write_text('{"a": 1}\n{"a": 2')
+    study.append(file, [{"a": 3}, {"a": 4}])
+    assert study.read(file) == [{"a": 1}, {"a": 3}, {"a": 4}]
+
+
+def test_commands_parse(called):
+    texts = study.commands(study.PLAN["tuning"] + study.PLAN["study"])
+    assert len(texts) > 300
+    for text in texts:
+        _, script, *flags = shlex.split(text)
+        args = called(script.removesuffix(".py"), *flags).parse_args()
+        assert len(args.seed) == 1
+
+
+def test_plan():
+    for table in study.PLAN["tuning"] + study.PLAN["study"] + study.PLAN["first round"]:
+        names = [row["name"] for row in table["rows"]]
+        columns = {column["name"] for column in table["columns"]}
+        assert len(set(names)) == len(names)
+        assert len(table["seeds"]) <= len(study.T_975)
+        for row in table["rows"]:
+            assert row.get("against", names[0]) in names
+            assert row.get("published", {}).keys() <= columns
+
+
+def test_pictures(tmp_path):
+    """Of two seeds of each row."""
+    lines = []
+    for table in study.PLAN["study"]:
+        for column in table["columns"]:
+            for row in table["rows"]:
+                for seed in table["seeds"][:2] if "command" in row else []:
+                    lines.append(column | row | {
+                        "command": study.command(table, row, column, seed),
+                        "seed": seed,
+                        "data": 0,
+                        "acc": seed,
+                        "loss": 0,
+                        "acc_batch_norm": 50,
+                        "history": [{"trace": [seed, 1]}],
+                    })
+    study.append(tmp_path / "study.jsonl", lines)
+    study.append(tmp_path / "tuning.jsonl", [])
+    files = study.report(tmp_path)
+    del files["RESULTS.md"]
+    assert len(files) == 4
+    for picture in files.values():
+        ElementTree.fromstring(picture)
+
+
+def test_report_is_what_the_data_give():
+    for name, content in study.report().items():
+        assert (study.ROOT / "tests" / name).read_text() == content, "run tests/study.py report"
