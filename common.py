@@ -664,12 +664,18 @@ def lock(path: Path):
 def read_cifar(data_dir: Path, name: str) -> tuple:
     """cifar10 or cifar100, which torchvision downloads, if need be, and verifies."""
     socket.setdefaulttimeout(5)  # a host that does not answer should fail, not hang
-    dataset = getattr(torchvision.datasets, name.upper())
+
+    def parts(**options):
+        dataset = getattr(torchvision.datasets, name.upper())
+        return [dataset(data_dir, train=train, **options) for train in (True, False)]
+
     try:
-        data_dir.mkdir(parents=True, exist_ok=True)
-        with lock(data_dir / ".lock"):  # another command may be downloading
-            train = dataset(data_dir, train=True, download=True)
-            test = dataset(data_dir, train=False, download=True)
+        try:
+            train, test = parts()
+        except RuntimeError:  # it is not there, or another command is unpacking it
+            data_dir.mkdir(parents=True, exist_ok=True)
+            with lock(data_dir / ".lock"):
+                train, test = parts(download=True)
     except Exception as error:  # torchvision and the network raise half a dozen kinds
         raise UsageError(
             f"{name} cannot be read from {data_dir} or downloaded ({error}); try "
@@ -680,7 +686,15 @@ def read_cifar(data_dir: Path, name: str) -> tuple:
 
 
 class VisibleFolder(torchvision.datasets.ImageFolder):
-    """Classes are the folders whose names do not begin with a dot (.ipynb_checkpoints does)."""
+    """An ImageFolder without folders whose names begin with a dot, such as .ipynb_checkpoints."""
+
+    def __init__(self, root: Path):
+        super().__init__(root, is_valid_file=self.is_visible_image)
+
+    @staticmethod
+    def is_visible_image(path):
+        hidden = Path(path).parent.name.startswith(".")
+        return path.lower().endswith(torchvision.datasets.folder.IMG_EXTENSIONS) and not hidden
 
     def find_classes(self, directory):
         names = sorted(
@@ -716,7 +730,7 @@ def read_folder(data_dir: Path, cache_dir: Path) -> tuple:
     folders = [data_dir / part / name for part in ("train", "test") for name in names]
     files = [file for folder in folders for file in folder.rglob("*") if file.is_file()]
     if len(files) > len(paths):
-        say(f"{len(files) - len(paths)} of {len(files)} files are no images and are skipped")
+        say(f"{len(files) - len(paths)} of {len(files)} files are skipped: no images, or hidden")
     stamps = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
     cache = cache_dir / f"images-{hashed(stamps):08x}.npy"
     if cache.exists():

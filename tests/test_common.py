@@ -5,6 +5,7 @@ import importlib
 import itertools
 import platform
 import re
+import shutil
 import sys
 import time
 from argparse import Namespace
@@ -150,8 +151,10 @@ def test_a_split_of_many_classes_takes_no_time():
     assert own.bincount().eq(2).all()
 
 
-def cifar(root, train, download):
-    """Stands for torchvision's class. Two of it in one folder at once clash, as downloads do."""
+def cifar(root, train, download=False):
+    """Stands for torchvision's class. Two downloads to one folder at once clash."""
+    if not download:
+        raise RuntimeError("not found or corrupted")
     busy = root / "busy"
     busy.touch(exist_ok=False)
     time.sleep(0.05)
@@ -193,9 +196,11 @@ def folder(tmp_path) -> Path:
 def test_a_folder_is_read_without_what_is_no_image(folder, tmp_path, capsys):
     (folder / "train/a/1.gif").touch()
     (folder / "train/.ipynb_checkpoints").mkdir()
+    (folder / "train/b/.thumbnails").mkdir()
+    shutil.copy(folder / "train/b/0.png", folder / "train/b/.thumbnails")
     data = load(dataset="folder", data_dir=folder, out=tmp_path)
     out = capsys.readouterr().out
-    assert "1 of 5 files are no images and are skipped\n" in out
+    assert "2 of 6 files are skipped: no images, or hidden\n" in out
     assert data.name == "folder photos"
     assert data.class_names == ["a", "b"]
     assert (data.test_images == 99).all()
