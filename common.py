@@ -68,10 +68,10 @@ def fake_quantize(
         x_hat = (x_int - z) * s
 
     The straight-through estimator takes the derivative of rounding as 1. An x is inside the grid if
-    q_min < x/s + z < q_max.
+    q_min < x/s + z < q_max, which is asked before rounding.
 
         dx_hat/dx = 1                   inside
-        dx_hat/dx = 0                   outside, where the value is clipped
+        dx_hat/dx = 0                   outside
         dx_hat/ds = x_hat/s - x/s       inside
         dx_hat/ds = x_hat/s             outside: this is q_min - z below, q_max - z above
 
@@ -81,7 +81,7 @@ def fake_quantize(
 
 
 class FakeQuantize(torch.autograd.Function):
-    """Forward and backward of `fake_quantize`, in plain operations: it can be derived twice."""
+    """Forward and backward of `fake_quantize`; both can be differentiated again."""
 
     @staticmethod
     def forward(ctx, x, step_size, zero_point, qmin, qmax, grad_scale):
@@ -108,11 +108,12 @@ class Quantizer(nn.Module):
     """LSQ: a learned step size and a fixed zero point, for integers from 0 to qmax = 2^bits - 1.
 
     One pair serves the whole tensor or, with `channels`, each channel (dim 0): the paper has one
-    for each output channel of a weight and one for all activations of a layer. Only the magnitude
-    of step_size counts. Both are NaN until `calibrate`. One bit is for activations only.
+    for each output channel of a weight and one for all activations of a layer. Step size and zero
+    point are NaN until `calibrate`. Of the step size only the magnitude counts.
 
-    At 8 bits the step size is a buffer and stays as calibrated [choice]. LSQ's steps are too large
-    for it: in our trials it grew ninefold. Raises ValueError for other bits.
+    At 8 bits the step size is a buffer and stays as calibrated [choice]. LSQ's learning rate is too
+    large for it: in our trials the step size grew ninefold. One bit is for activations only. Raises
+    ValueError for a number of bits beyond that.
     """
 
     decays = False  # no weight decay on step sizes [choice]; see `sgd`
@@ -126,11 +127,11 @@ class Quantizer(nn.Module):
         self.channels = channels
         self.qmax = 2**bits - 1
         shape = [channels] if channels else []
-        self.learn("step_size", torch.full(shape, math.nan))
+        self.add_value("step_size", torch.full(shape, math.nan))
         self.register_buffer("zero_point", torch.full(shape, math.nan))
 
-    def learn(self, name: str, value: Tensor) -> None:
-        """Make self.`name` a parameter or, at 8 bits, a buffer."""
+    def add_value(self, name: str, value: Tensor) -> None:
+        """Add self.`name`: a parameter, which is learned, or at 8 bits a buffer, which is not."""
         if self.bits < 8:
             self.register_parameter(name, nn.Parameter(value))
         else:
@@ -166,19 +167,20 @@ class Quantizer(nn.Module):
             s = a S,   S = (x_max - x_min) / q_max     Eq. 4
             z = round(q_max - x_max / S)               Eq. 5
 
-        S and z stay; the paper has a = 1. Of `candidates` values a = 1, 0.99, 0.98, ... we take the
-        one with the least squared error [choice]. The range always holds 0 [choice], so that
-        padding and the zeros of a ReLU stay exact.
+        The paper has a = 1. We try `candidates` values, a = 1, 0.99, 0.98, ..., with the same S and
+        z, and take the one with the least squared error [choice]. The range always holds 0
+        [choice], so that padding and the zeros of a ReLU stay exact.
         """
         rows = spaced_values(x, self.channels or 1)
         low = rows.amin(1).clamp_max(0)
         high = rows.amax(1).clamp_min(0)
-        # All zeros: there is no range, so we take that of the widest channel, or 1.
+        # If a channel is all zeros, its range begins at minus the width of the widest channel.
         width = high - low
         widest = width.max() if width.max() > TINY else 1
         low = torch.where(width > TINY, low, -widest)
-        # Nothing above 0: z would be q_max. An x of 0 would then lie on the upper bound, which has
-        # no gradient, and could never move up. So we add one level above 0.
+        # If nothing is above 0, z would be q_max, and an x of 0 would lie on the upper bound. There
+        # it has no gradient and could never grow. So the range goes on for one level above 0. (On
+        # the lower bound, with z = 0, are the zeros of a ReLU, which have no gradient anyway.)
         high = torch.where(high > 0, high, -low / max(1, self.qmax - 1))
         s = (high - low) / self.qmax  # Eq. 4
         z = (self.qmax - high / s).round()  # Eq. 5
@@ -214,12 +216,12 @@ class LSQPlus(Quantizer):
         x_hat = fake_quantize(x - beta) + beta
         dx_hat/dbeta = 0 inside the grid, 1 outside
 
-    beta starts at 0, and its gradient has the scale of the step size's [choices].
+    beta starts at 0. Its gradient is scaled like that of the step size [choices].
     """
 
     def __init__(self, bits: int):
         super().__init__(bits)
-        self.learn("offset", torch.tensor(0.0))
+        self.add_value("offset", torch.tensor(0.0))
 
     def forward(self, x: Tensor) -> Tensor:
         beta = scale_gradient(self.offset, self.grad_scale(x))
@@ -237,7 +239,7 @@ class PACT(Quantizer):
     we clip at -z s as well [choices].
     """
 
-    decays = True  # as in the paper: weight decay keeps alpha, and so the rounding error, small
+    decays = True  # as in PACT's paper: weight decay keeps alpha, and so the rounding error, small
 
     def forward(self, x: Tensor) -> Tensor:
         with torch.no_grad():
@@ -327,9 +329,9 @@ def quantize(model: nn.Module, wbits: int, abits: int, quantizer: str = "lsq") -
     """A copy of `model` whose Conv2d, Linear and `Product` modules quantize both factors.
 
     The first and the last layer in order of definition get 8 bits. Call `calibrate` next. A layer
-    stays in full precision if its padding is not zeros, or if its weight is not a parameter of its
-    own: weight_norm, spectral_norm and pruning compute one in each pass. A warning names each
-    parameter of two or more dimensions that stays in full precision.
+    stays in full precision if its padding is not zeros, or if its weight is computed in each pass,
+    as by weight_norm, spectral_norm and pruning. A warning names each parameter of two or more
+    dimensions that stays in full precision.
     """
     try:
         model = copy.deepcopy(model)
@@ -346,7 +348,7 @@ def quantize(model: nn.Module, wbits: int, abits: int, quantizer: str = "lsq") -
         if own_weight and getattr(layer, "padding_mode", "zeros") == "zeros":
             new = QuantLayer(layer, weight_bits[name], input_bits[name], quantizer)
             quantized[layer] = new.to(layer.weight)
-    for name, module in list(model.named_modules(remove_duplicate=False)):  # one may have two
+    for name, module in list(model.named_modules(remove_duplicate=False)):  # all names of each
         if isinstance(module, Product):
             like = next(model.parameters())
             module.a_quantizer = QUANTIZERS[quantizer](abits).to(like)
@@ -370,15 +372,16 @@ def calibrate(
 ) -> None:
     """Set the step sizes and zero points of weights and inputs by one pass of `images`.
 
-    The paper has 100 images. Just before a quantizer is called, it fits what it is called with, so
-    each layer sees the quantized output of those before it. One that is called twice fits both
-    calls. Batch norm normalises by this batch, as training will [choice]; with batch_stats=False,
-    if no training follows, by its running statistics. A quantizer that the pass never reaches is
-    named in a warning and removed. Raises ValueError for values that are not finite.
+    The paper has 100 images. Just before a quantizer is called, with a weight or an input, it is
+    initialized from that tensor. So each layer sees the quantized output of those before it. If a
+    quantizer is called twice, both tensors count. Batch norm normalises by this batch, as training
+    will [choice]. Give batch_stats=False if no training follows: then it takes its running
+    statistics. A quantizer that the pass never reaches is named in a warning and removed. Raises
+    ValueError for values that are not finite.
     """
     if len(images) == 0:
         raise ValueError("calibration: there are no images")
-    # The pass moves running statistics, so a copy makes it. Only its quantizers are kept.
+    # A copy makes the pass, which moves running statistics. We keep the copy's quantizers alone.
     probe = copy.deepcopy(qmodel).eval()
     for module in probe.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
@@ -387,14 +390,14 @@ def calibrate(
     name_of = {quantizer: name for name, quantizer in quantizers.items()}
     seen = {name: [] for name in quantizers}
 
-    def initialize(quantizer, inputs):
+    def fit(quantizer, inputs):
         name = name_of[quantizer]
         if not inputs[0].isfinite().all():
             raise ValueError(f"calibration: {name} meets values that are not finite")
         seen[name].append(spaced_values(inputs[0], quantizer.channels or 1))
         quantizer.initialize(torch.cat(seen[name], 1), candidates)
 
-    with hooked(quantizers.values(), before=initialize):
+    with hooked(quantizers.values(), before=fit):
         probe(images)
     for name, quantizer in quantizers.items():
         if seen[name]:
@@ -553,8 +556,9 @@ class Data:
     def batches(self, batch_size: int, draws: torch.Generator, *views: str, order=None):
         """One epoch of batches: (images N x 3 x 32 x 32, labels N).
 
-        views: how to augment, "crop+flip" for instance; a batch has the images once for each. draws
-        shuffles, on the CPU, so that all devices see equal batches; order: indices instead.
+        `views` say how to augment, like "crop+flip". With two of them a batch is (images, the same
+        images augmented anew, labels). `draws` is on the CPU, so that all devices see equal
+        batches. `order` has the indices of the epoch's images; without it they are shuffled.
         """
         if order is None:
             order = torch.randperm(len(self.train_labels), generator=draws)
@@ -590,9 +594,10 @@ class Data:
 
 
 def read_images(args: argparse.Namespace) -> tuple:
-    """(name, class names, images, labels, test images, test labels) of --dataset, once a command.
+    """(name, class names, images, labels, test images, test labels) of --dataset.
 
-    "auto" is CIFAR-10 or, if that is not to be had, `shapes`, and says so. Raises UsageError.
+    A command reads them once, for all its seeds. "auto" is CIFAR-10 or, if that is not to be had,
+    `shapes`, and says so. Raises UsageError.
     """
     say(f"reading the images of {args.dataset}")
     try:
@@ -642,9 +647,10 @@ def split(x: Tensor, y: Tensor, size: int, seed: int, flag: str) -> tuple:
         )
     order = torch.randperm(len(y), generator=torch.Generator().manual_seed(seed))
     by_class = order[y[order].argsort(stable=True)]  # in random order within each class
-    rank = torch.cat([torch.arange(count) for count in y.bincount().tolist()])  # within the class
+    # Take the first image of every class, then the second of every class, until there are `size`
+    rank = torch.cat([torch.arange(count) for count in y.bincount().tolist()])
     picked = torch.zeros_like(y, dtype=torch.bool)
-    picked[by_class[rank.argsort(stable=True)[:size]]] = True  # the first of all classes, ...
+    picked[by_class[rank.argsort(stable=True)[:size]]] = True
     training = y[~picked] if flag == "--val" else y[picked]
     missing = classes - len(training.unique())
     if missing:
@@ -755,9 +761,11 @@ def read_folder(data_dir: Path, cache_dir: Path) -> tuple:
 def draw_shapes(train: int = 2560, test: int = 1000, seed: int = 0) -> tuple:
     """Ten classes of noisy images: shapes of none to six lobes, filled or hollow.
 
-    Place, size and angle are random. In polar coordinates around its centre the shape is
+    Place, size and angle are random. The shape is, in polar coordinates around its centre, where
 
-        inner < rho / edge(theta) < 1,   edge = r (1 + 0.4 cos(lobes theta)),   inner = -1 or 0.55
+        inner < rho / edge(theta) < 1,   edge = r (1 + 0.4 cos(lobes theta))
+
+    inner is -1 for filled shapes and 0.55 for hollow ones.
     """
     rng = np.random.default_rng(seed)
     n = train + test
@@ -805,11 +813,12 @@ def gradient_of(loss: Tensor, params: list[Tensor], **options) -> Tensor:
 def hessian_trace(
     loss_fn, params: list[Tensor], probes: int, generator: torch.Generator | None = None
 ) -> tuple[float, float]:
-    """Hutchinson's estimate of Tr(H), the trace in Eq. 7, and its standard error.
+    """Hutchinson's estimate of the trace of the Hessian H, and its standard error.
 
-    H is the Hessian of loss_fn() in all entries of `params`. For a quantized network we derive the
-    straight-through gradient once more [choice]. The estimate is the mean of v.Hv over `probes`, at
-    least 2, random vectors v of entries -1 and 1. generator: on the device of `params`.
+    H is the Hessian of loss_fn() with respect to all entries of `params`. For a quantized network
+    it is the derivative of the straight-through gradient [choice]. The estimate is the mean of v.Hv
+    over random vectors v of entries -1 and 1; probes: how many, at least 2. generator: on the
+    device of `params`.
     """
     gradient = gradient_of(loss_fn(), params, create_graph=True)
     samples = []
@@ -833,10 +842,11 @@ def hessian_top_eigenvalue(
 
 
 def sharpness(model: nn.Module, data: Data, probes: int = 4, iters: int = 0) -> list[float]:
-    """[trace, its standard error] of the loss's Hessian in the layers' weights.
+    """[trace, its standard error] of the loss's Hessian with respect to the layers' weights.
 
-    With iters > 0 the top eigenvalue is the third entry. Loss and batch norm's statistics are of
-    256 training images [choice]. Works on a copy of `model`.
+    FPQ's noise acts on features, but its Fig. 5 shows this trace. With iters > 0 the top eigenvalue
+    is the third entry. Loss and batch norm's statistics are of 256 training images [choice]. Works
+    on a copy of `model`.
     """
     images, labels = data.sample(256)
     model = copy.deepcopy(model)
@@ -857,7 +867,7 @@ def sharpness(model: nn.Module, data: Data, probes: int = 4, iters: int = 0) -> 
 def gradient_ratio(loss: Tensor, cross_entropy: Tensor, model: nn.Module) -> float:
     """How strong the added term is: |grad (loss - cross_entropy)| / |grad cross_entropy|.
 
-    The gradients are in the weights of all layers.
+    The gradients are with respect to the weights of all layers.
     """
     weights = [layer.weight for layer in weight_layers(model).values()]
     own = gradient_of(cross_entropy, weights, retain_graph=True)
@@ -908,7 +918,7 @@ def number(kind: type, low: float, high: float):
 
 
 def base_parser(description: str, methods: list[str], default: list[str]) -> Parser:
-    """The flags that all scripts share. methods[0] is the one to compare with."""
+    """The flags that all scripts share. methods[0] is plain training."""
     def method(text):
         if text in QUANTIZERS:
             raise argparse.ArgumentTypeError(
@@ -1089,7 +1099,7 @@ def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
 
 
 def epoch_draws(stage: str, seed: int, epoch: int) -> torch.Generator:
-    """Seed torch for the noise of an epoch; return the generator of its batches.
+    """Seed torch's own generator for the noise of an epoch; return another for its batches.
 
     Both depend on stage, seed and epoch alone. So all methods see the same batches, and a resumed
     run draws what an undisturbed one does.
@@ -1139,7 +1149,8 @@ FP_FLAGS = [
     "fp_lr",
     "fp_weight_decay",
 ]
-# Flags that do not shape training. Data and the run's own seed are compared by other entries.
+# Flags that do not shape training, or only through others: wbits and abits hold `bits`, and
+# `Checkpoint.settings` has entries of its own for the data and the run's one seed.
 NOT_SHAPING = [
     "out",
     "data_dir",
@@ -1166,9 +1177,10 @@ NOT_SHAPING = [
 class Checkpoint:
     """One training run in one file, written whole after each epoch.
 
-    parts: all that training changes, "model" and "optimizer" at least. settings: all flags but
-    NOT_SHAPING or, with `shared`, FP_FLAGS alone. The file's name ends in a hash of the settings,
-    so runs of other settings have other files.
+    `parts` are all that training changes, "model" and "optimizer" at least. `settings` are method,
+    seed, a checksum of the data, and flags: all that are not in NOT_SHAPING or, for the shared full
+    precision, those in FP_FLAGS. The file's name ends in a hash of the settings, so that runs of
+    other settings have other files. Code is not among them: after a change, delete old files.
     """
 
     def __init__(self, args, data, method, seed, epochs, shared=False, **parts):
@@ -1187,10 +1199,10 @@ class Checkpoint:
         self.path = args.out / f"{self.name}-{hashed(self.settings):08x}.pt"
 
     def load(self) -> int:
-        """Read the file, if it counts, into all parts; return the number of epochs done.
+        """Restore all parts from the file; return the number of epochs done, or 0.
 
-        A finished run counts always, an unfinished one with --resume or `shared`. Raises UsageError
-        for a file that is damaged or, renamed perhaps, of other settings.
+        A finished run is always restored, an unfinished one with --resume or if it is shared.
+        Raises UsageError for a file that is damaged or, renamed perhaps, of other settings.
         """
         if not self.path.exists():
             return 0
@@ -1212,7 +1224,7 @@ class Checkpoint:
         self.history = state["history"]
         self.results = state["results"]
         self.args.epochs_left -= done
-        say(f"{self.method}: {done} of {self.epochs} epochs read from {self.path}")
+        say(f"{self.method}: read {done} of {self.epochs} epochs; to train anew delete {self.path}")
         return done
 
     def save(self) -> None:
@@ -1270,7 +1282,7 @@ def end_epoch(checkpoint: Checkpoint, progress: Progress, **notes) -> None:
     acc, loss = evaluate(checkpoint.parts["model"], data, every)
     epoch = len(checkpoint.history) + 1
     if not all(math.isfinite(value) for value in (loss, *means.values())):
-        flag = "--fp-lr" if "lr" not in checkpoint.settings else "--lr"
+        flag = "--lr" if "lr" in checkpoint.settings else "--fp-lr"
         raise FloatingPointError(
             f"{checkpoint.method}: the loss is not finite in epoch {epoch}; try a smaller {flag}"
         )
@@ -1300,7 +1312,7 @@ def finish(
     if method not in checkpoint.results:
         rewrite(f"{method}: renewing batch norm and evaluating on all {data.split} images")
         draws = torch.Generator().manual_seed(hashed("batch norm"))
-        update_bn(data.batches(args.batch_size, draws, args.augment), model)
+        update_bn(data.batches(args.batch_size, draws, args.augment), model)  # ignores the labels
         acc, loss = evaluate(model, data)
         checkpoint.results[method] = checkpoint.settings | {
             "script": args.script,
@@ -1324,8 +1336,11 @@ def finish(
 
 
 def record(args: argparse.Namespace, row: dict) -> None:
-    """Append `row` to OUT/results.jsonl unless it is there, with what its digits depend on."""
-    key = f"{row['run']} {row['method']} W{row['wbits']}A{row['abits']}"
+    """Append `row` and what its digits depend on to OUT/results.jsonl, unless it is there already.
+
+    It is there if run, method, bits and loss are the same.
+    """
+    key = f"{row['run']} {row['method']} W{row['wbits']}A{row['abits']} {row['loss']:.6g}"
     processor = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
     row = row | {
         "torch": torch.__version__,
@@ -1387,8 +1402,8 @@ def new_network(flags, data, seed, device):
 def load(path: str | Path) -> tuple[nn.Module, Tensor, Tensor, list[str]]:
     """(network in eval mode, mean, std, class names) of a checkpoint.
 
-    The network takes (images - mean) / std. images: N x 3 x 32 x 32, floats from 0 to 1. Of
-    flat_quant.py it is the network before averaging and PTQ.
+    The network takes (images - mean) / std, where images, N x 3 x 32 x 32, are from 0 to 1. For
+    flat_quant.py it is the network in full precision, not the average.
     """
     state = read_checkpoint(Path(path))
     flags = state["settings"]
@@ -1413,7 +1428,7 @@ def print_row(*cells) -> None:
 
 
 def print_by_epoch(names: list[str], histories: list[list[dict]], key: str, cell) -> None:
-    """A row per epoch, a column per method: cell(the epoch's figure of that name)."""
+    """A row per epoch, a column per method; `cell` formats the epoch's figure `key`."""
     print_row("epoch", *names)
     for rows in zip(*histories):
         cells = [cell(row[key]) if key in row else "not recorded" for row in rows]

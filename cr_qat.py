@@ -53,7 +53,7 @@ GUESSES = {
     "fp_weight_decay": 5e-4,
     "pad": 4,
 }
-LABELLED_SHARE = 4  # with --labels, one image in 4 of a batch is labelled [choice]
+BATCH_PER_LABELLED = 4  # with --labels, one image in 4 of a batch is labelled, the first [choice]
 VIEWS = ["none", "flip", "crop+flip", "crop+flip+noise", "crop+flip+colour"]
 
 
@@ -73,12 +73,12 @@ def parse_args() -> Namespace:
     flag("--ema", type=number(float, 0, 1), default=0.9,
          help="alpha: share of the average that a step keeps (default: 0.9)")
     flag("--views", choices=VIEWS, nargs="+", default=[], metavar="VIEW",
-         help="augmentation of the student's view, then of the teacher's; one value sets both; "
-              f"the baseline always has --augment, the default; from {', '.join(VIEWS)}")
+         help="augmentation of the student's view, then of the teacher's; one value sets both "
+              f"(default: --augment, which the baseline always has); from {', '.join(VIEWS)}")
     flag("--labels", type=number(int, 1, 10**9),
          help="keep so many labels (default: all); an epoch is one pass over those images")
     flag("--ablate-views", action="store_true",
-         help="also train cr with each augmentation of --views")
+         help="also train cr with each augmentation that --views knows")
     args = common.parse(parser, list(METHODS), PAPER | GUESSES)
     if len(args.views) > 2:
         parser.error(f"--views has {len(args.views)} values: give one for both views, or two")
@@ -126,15 +126,15 @@ def ema_update(teacher: nn.Module, student: nn.Module, updates: int, alpha: floa
     students so far. Zero points and 8-bit step sizes are fixed, so both networks have the same.
     """
     keep = min(1 - 1 / (updates + 1), alpha)
-    average = get_ema_multi_avg_fn(keep)
-    average(list(teacher.parameters()), list(student.parameters()), None)
+    update = get_ema_multi_avg_fn(keep)
+    update(list(teacher.parameters()), list(student.parameters()), None)
 
 
 def distort(images: Tensor, view: str) -> Tensor:
     """What a view does beyond crop and flip, to normalised images N x 3 x 32 x 32 [choice].
 
     noise: Gaussian, of standard deviation 0.1. colour: each channel of an image is multiplied by 1
-    plus U[-0.4, 0.4], and shifted by U[-0.4, 0.4].
+    plus a number from U[-0.4, 0.4], and then shifted by another one.
     """
     if "noise" in view:
         images = images + 0.1 * torch.randn_like(images)
@@ -145,19 +145,21 @@ def distort(images: Tensor, view: str) -> Tensor:
     return images
 
 
-# Each method is a function that returns the loss of a batch. views: the same images, N x 3 x 32 x
-# 32, once for the student and once for the teacher. labels: N, -100 if unknown, which cross-entropy
-# ignores. ramp: lambda(t) over its maximum. network: full precision. All methods start from it.
+# Each method is a function that returns the loss of a batch. views: the images, N x 3 x 32 x 32, as
+# the student sees them and as the teacher does. labels: N, -100 if unknown, which cross-entropy
+# ignores. ramp: lambda(t) over its maximum. average: the moving average of the student. network:
+# full precision. All methods start from it.
 
 
 def baseline(student, average, network, views, labels, ramp, args):
     """QAT with the quantizer and nothing else. It has one view, and labelled images only."""
-    count = len(labels) // LABELLED_SHARE if args.labels else len(labels)  # they come first
+    # With --labels, the labelled images come first in a batch.
+    count = len(labels) // BATCH_PER_LABELLED if args.labels else len(labels)
     return F.cross_entropy(student(views[0][:count]), labels[:count])
 
 
 def two_view(student, average, network, views, labels, ramp, args):
-    """A control: the student learns the labels of both views, one after the other."""
+    """A control: the student learns the labels of both views, by the mean of the two losses."""
     one = baseline(student, average, network, views, labels, ramp, args)
     other = baseline(student, average, network, views[1:], labels, ramp, args)
     return (one + other) / 2
@@ -218,11 +220,11 @@ def hide_labels(data: Data, count: int, seed: int) -> tuple[Data, Data]:
 
 
 def mixed_order(labels: Tensor, batch_size: int, draws: torch.Generator) -> Tensor:
-    """The indices of an epoch; one image in LABELLED_SHARE of a batch is labelled and comes first.
+    """The indices of an epoch: in a batch, first the labelled images, one in BATCH_PER_LABELLED.
 
     An epoch is one pass over the labelled images; the others are drawn with replacement [choice].
     """
-    labelled = batch_size // LABELLED_SHARE
+    labelled = batch_size // BATCH_PER_LABELLED
     known = (labels >= 0).nonzero().flatten()
     unknown = (labels < 0).nonzero().flatten()
     known = known[torch.randperm(len(known), generator=draws)]
@@ -268,10 +270,11 @@ def train(
     )
     asked = args.views or [args.augment]
     views = [args.augment] if method == "baseline" else [asked[0], asked[-1]]
-    share = LABELLED_SHARE if args.labels else 1
-    steps = labelled.steps(args.batch_size // share)
+    per_batch = args.batch_size // BATCH_PER_LABELLED if args.labels else args.batch_size
+    steps = labelled.steps(per_batch)
+    done = checkpoint.load()  # 0, unless there is a file of this run to go on from
 
-    for epoch in range(checkpoint.load(), args.epochs):
+    for epoch in range(done, args.epochs):
         student.train()
         average.train()  # it normalises by its own batches [choice]
         draws = common.epoch_draws("training", seed, epoch)
@@ -293,7 +296,8 @@ def train(
         # With --diagnose, the epoch's figures
         notes = {}
         if args.diagnose:
-            notes = figures_of_epoch(args, labelled, views, checkpoint.parts, method, network)
+            batch = next(epoch_batches(args, data, views, torch.Generator().manual_seed(0)))
+            notes = figures_of_epoch(args, labelled, batch, checkpoint.parts, method, network)
         # Evaluation on some test images, a printed row, checkpoint
         common.end_epoch(checkpoint, progress, **notes)
     # New statistics for batch norm, evaluation on all test images, a line of results.jsonl
@@ -303,7 +307,7 @@ def train(
     return student.eval(), rows
 
 
-# --------------------------------------------------------------- the paper's claims as numbers
+# ---------------------------------------------------------------------- the claims as numbers
 
 
 @torch.no_grad()
@@ -314,21 +318,19 @@ def weight_bins(model: nn.Module) -> Tensor:
 
 
 def figures_of_epoch(
-    args: Namespace, data: Data, views: list[str], parts: dict, method: str, network: nn.Module
+    args: Namespace, data: Data, batch: tuple, parts: dict, method: str, network: nn.Module
 ) -> dict:
-    """What the next step would do, on a copy of all `parts` of the run.
+    """What a step on `batch`, (views, labels), would do to a copy of all `parts` of the run.
 
-    ratio: |gradient of the added term| / |gradient of the cross-entropy| at the full weight, or 0.
-    trace: that of the Hessian, with its standard error. changed: the share of weights whose integer
-    the step changes.
+    ratio: |gradient of the added term| / |gradient of the cross-entropy|, at the full weight; it is
+    0 for methods without a term. trace: that of the Hessian, with its standard error. changed: the
+    share of weights whose integer the step changes.
     """
     parts = copy.deepcopy(parts)
     student = parts["model"]
-    *images, labels = next(data.batches(args.batch_size, torch.Generator().manual_seed(0), *views))
-    images = [distort(image, view) for image, view in zip(images, views)]
-    batch = (student, parts["average"], network, images, labels)
-    loss = METHODS[method](*batch, 1.0, args)
-    cross_entropy = METHODS[method](*batch, 0.0, args)
+    arguments = (student, parts["average"], network, *batch)
+    loss = METHODS[method](*arguments, 1.0, args)
+    cross_entropy = METHODS[method](*arguments, 0.0, args)
     ratio = common.gradient_ratio(loss, cross_entropy, student)
     trace = common.sharpness(student, data)
     before = weight_bins(student)
@@ -385,7 +387,7 @@ def sensitivity(model: nn.Module, data: Data, place: str, sigma: float) -> tuple
 
 
 def diagnose(data: Data, trained: dict[str, tuple]) -> None:
-    """Print what the paper claims or draws, for the networks of the last seed."""
+    """Print what abstract and summaries claim, for the networks of the last seed."""
     models = [model for model, _ in trained.values()]
     histories = [rows[0]["history"] for _, rows in trained.values()]
     for place in ("input", "weight"):

@@ -8,8 +8,8 @@ Gaussian noise. It trains under fresh noise of that size: on the weights, where 
 the step, and on a random share of the activations. Stochastic weight averaging (SWA) averages the
 weights of the last half of the epochs. Then the network is quantized without further training.
 
-Of this paper we had only the abstract. The rest follows summaries, and later code and drafts of the
-same authors ("authors"); our own decisions are marked [choice].
+Of this paper we had only the abstract and summaries. The rest follows later code and drafts of the
+same authors, below "authors". Our own decisions are marked [choice].
 
     symbol                  here                                              from
     dW, dx                  quantization_error(t, quantizer)                  authors
@@ -121,8 +121,12 @@ def error_decomposition(layer: nn.Module, x: Tensor) -> dict[str, float]:
 
 
 def excess_kurtosis(t: Tensor) -> float:
-    """0 for a Gaussian, -1.2 for the uniform error of fine rounding, -2 for a fair coin."""
-    z = (t - t.mean()) / t.std(correction=0).clamp_min(common.TINY)
+    """0 for a Gaussian, -1.2 for the uniform error of fine rounding, -2 for a fair coin.
+
+    t: rows x values; each row, an output channel of a weight, has its own mean and variance.
+    """
+    t = t - t.mean(1, keepdim=True)
+    z = t / t.std(1, correction=0, keepdim=True).clamp_min(common.TINY)
     return z.pow(4).mean().item() - 3
 
 
@@ -151,10 +155,10 @@ class DifferentialWeightNoise:
 
         w <- w - lr dL/dw(w + n_t),   n_t = lambda (mu + sigma e),   e ~ N(0, 1)
 
-    The authors write this for the noisy weights W = w + n_t. Each step adds the difference of two
+    The authors write this for the noisy weights v = w + n_t. Each step adds the difference of two
     noises to them, hence "differential" (Anti-PGD, Orvieto et al. 2022):
 
-        W <- W - lr dL/dW + n_(t+1) - n_t
+        v <- v - lr dL/dv + n_(t+1) - n_t
 
     mu and sigma are mean and standard deviation of the error at the start of each epoch [choice;
     the authors average over epochs].
@@ -322,14 +326,14 @@ def learning_rate(args: Namespace, step: int, total: int) -> float:
     """The learning rate over its peak: a cosine or, with --swa-rate, held in the last half."""
     if not args.swa_rate:
         return common.cosine(step, total, warmup=0.1)
-    half = total // 2  # where averaging begins
+    half = total // 2
     share = common.cosine(step, half, warmup=0.1) if step < half else 0
     return max(share, args.swa_rate)
 
 
 def weight_noise_bits(args: Namespace, method: str) -> int:
     """The bits whose rounding error the weight noise imitates."""
-    return args.noise_bits if method.startswith("wrong-bits") else args.wbits
+    return args.noise_bits if method == "wrong-bits" else args.wbits
 
 
 def linear_ramp(t: float, T: float) -> float:
@@ -345,7 +349,7 @@ def train(args: Namespace, data: Data, method: str, seed: int) -> dict[str, tupl
     model, optimizer = common.new_network(args, data, seed, args.device)
     average = AveragedModel(model)
     bits = weight_noise_bits(args, method)
-    # A noise adds nothing until it is measured, which happens only in methods that have it.
+    # Below, only methods that have a noise measure it. One that is not measured adds nothing.
     weight_noise = WEIGHT_NOISES.get(method, DifferentialWeightNoise)(model, bits)
     activation_noise = ActivationNoise(model, args.abits, args.rho, args.quantizer, args.mask)
     checkpoint = Checkpoint(
@@ -353,8 +357,9 @@ def train(args: Namespace, data: Data, method: str, seed: int) -> dict[str, tupl
     )
     steps = data.steps(args.batch_size)
     total = args.fp_epochs * steps
+    done = checkpoint.load()  # 0, unless there is a file of this run to go on from
 
-    for epoch in range(checkpoint.load(), args.fp_epochs):
+    for epoch in range(done, args.fp_epochs):
         model.train()
         draws = common.epoch_draws("training", seed, epoch)
         progress = Progress(f"{method:<17} seed {seed}  epoch {epoch + 1}/{args.fp_epochs}", steps)
@@ -407,7 +412,7 @@ def ptq(args: Namespace, data: Data, network: nn.Module, wbits: int, abits: int)
 
 
 def quantized_rows(args: Namespace, data: Data, network: nn.Module, row: dict) -> list[dict]:
-    """Rows of results after PTQ, with the flatness before it and the bits that the noise had.
+    """Rows of results after PTQ, with the flatness before it and the bits of the noise, or None.
 
     acc_batch_norm: accuracy with batch norm's statistics from the calibration images [choice].
     """
@@ -416,25 +421,18 @@ def quantized_rows(args: Namespace, data: Data, network: nn.Module, row: dict) -
     flatness = {"trace": trace, "trace_error": error, "top_eigenvalue": top}
     pairs = [(args.wbits, args.abits)] + (MORE_BITS if args.more_bits else [])
     rows = []
+    method = row["method"].removesuffix("+swa")
+    noise = {
+        "noise_wbits": weight_noise_bits(args, method) if method in WEIGHT_NOISES else None,
+        "noise_abits": args.abits if method in ACTIVATION_NOISES else None,
+    }
     for wbits, abits in dict.fromkeys(pairs):
         quantized = ptq(args, data, network, wbits, abits)
-        acc, loss = common.evaluate(quantized, data)
+        figures = {"quantizer": args.quantizer, "wbits": wbits, "abits": abits}
+        figures["acc"], figures["loss"] = common.evaluate(quantized, data)
         update_bn([data.sample(100)[0]], quantized)
-        acc_batch_norm, _ = common.evaluate(quantized, data)
-        rows.append(
-            row
-            | flatness
-            | {
-                "quantizer": args.quantizer,
-                "wbits": wbits,
-                "abits": abits,
-                "noise_wbits": weight_noise_bits(args, row["method"]),
-                "noise_abits": args.abits,
-                "acc": acc,
-                "loss": loss,
-                "acc_batch_norm": acc_batch_norm,
-            }
-        )
+        figures["acc_batch_norm"], _ = common.evaluate(quantized, data)
+        rows.append(row | flatness | noise | figures)
         common.record(args, rows[-1])
     return rows
 
@@ -486,8 +484,8 @@ def print_errors(args: Namespace, data: Data, network: nn.Module) -> None:
         pair = torch.stack([layer.weight.flatten(), dw.flatten()])
         figures = [
             *error_decomposition(layer, inputs[name]).values(),
-            excess_kurtosis(dw),
-            excess_kurtosis(dx),
+            excess_kurtosis(dw.flatten(1)),
+            excess_kurtosis(dx.reshape(1, -1)),
             torch.corrcoef(pair)[0, 1].item(),
         ]
         common.print_row(*[f"{figure:.4f}" for figure in figures], name)

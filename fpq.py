@@ -3,13 +3,13 @@ Implicit-Regularization on Hessian Matrix", arXiv 2503.11159.
 
 The idea. Rounding moves the weights and features of a network; where the loss is flat, that does
 little harm. Noise d of mean 0 raises the expected loss by about E[d^2] Tr(H) / 2, where H is the
-loss's Hessian in what d moves (Eq. 7). So training under noise makes the loss flat without
-computing H. FPQ adds uniform noise, one step size wide, to the quantized inputs of random layers.
-It also pulls the output of each layer but the classifier towards that of the full-precision
+loss's Hessian with respect to what d moves (Eq. 7). So training under noise makes the loss flat
+without computing H. FPQ adds uniform noise, one step size wide, to the quantized inputs of random
+layers. It also pulls the output of each layer but the classifier towards that of the full-precision
 network, the teacher, after standardizing both.
 
-The equations are the paper's. What it leaves open is ours and marked [choice]. The paper writes z
-for the zero point and, with an index, for a layer's output; we call outputs features.
+The equations are the paper's. What it leaves open is ours and marked [choice]. In the paper z is
+the zero point, and z_l is the output of layer l, which we call features in the code.
 
     paper                            here
     s_l, z, q                        input_quantizer.step_size, .zero_point, .bits     Eq. 3-5
@@ -80,9 +80,9 @@ def stochastic_feature_perturbation(x: Tensor, step_size: Tensor, p: float) -> T
 
         x + delta,   delta ~ U[-s/2, s/2] for each element
 
-    x has any shape; step_size s broadcasts against it. Each layer tosses its own coin. Noise in
-    many layers at once would bias the expected loss (Prop. 1), so p is small. No gradient flows
-    through delta [choice].
+    x has any shape; step_size s broadcasts against it. Each layer tosses its own coin. With noise
+    in many layers at once the expected noise of the output would not be 0 (Prop. 1), so p is small.
+    No gradient flows through delta [choice].
     """
     if torch.rand(()) >= p:  # Eq. 14; on the CPU, so that no device is waited for
         return x
@@ -101,7 +101,7 @@ def standardize(features: Tensor, eps: float = 1e-5) -> Tensor:
     channels_last = features.movedim(1, -1)
     z = channels_last.reshape(-1, features.shape[1])  # values x channels
     z = z - z.mean(0)
-    variance = torch.linalg.vecdot(z, z, dim=0) / len(z)  # the mean square
+    variance = z.square().mean(0)
     z = z * (variance + eps).rsqrt()  # Eq. 15
     return z.reshape(channels_last.shape).movedim(-1, 1)
 
@@ -111,9 +111,9 @@ def csd_loss(student_feats: list[Tensor], teacher_feats: list[Tensor]) -> Tensor
 
         L_CSD = mean over layers, and over all elements, of (z~_student - z~_teacher)^2
 
-    Both lists hold the outputs, N x C x ..., of the same layers. The paper sums instead of taking
-    means [choice]: its sum grows with batch, image and depth, and drowns the cross-entropy. Of one
-    channel the mean is 2 (1 - r), where r is the correlation of student and teacher.
+    Both lists hold the outputs, N x C x ..., of the same layers. We take means where the paper has
+    sums [choice], because a sum grows with batch, image and depth, and drowns the cross-entropy.
+    For one channel the mean is 2 (1 - r), where r is the correlation of student and teacher.
     """
     distances = []
     for student, teacher in zip(student_feats, teacher_feats, strict=True):
@@ -244,7 +244,7 @@ def train(
 ) -> tuple[nn.Module, dict]:
     """Algorithm 1. Returns (the quantized network, its row of results).
 
-    Student and teacher are copies of the full-precision `network`; the teacher is never trained.
+    The full-precision `network` is the teacher and stays as it is. The student is a quantized copy.
     """
     teacher = network.eval()
     student = quantize(network, args.wbits, args.abits, args.quantizer)
@@ -254,8 +254,9 @@ def train(
         args, data, method, seed, args.epochs, model=student, optimizer=optimizer
     )
     steps = data.steps(args.batch_size)
+    done = checkpoint.load()  # 0, unless there is a file of this run to go on from
 
-    for epoch in range(checkpoint.load(), args.epochs):
+    for epoch in range(done, args.epochs):
         student.train()
         draws = common.epoch_draws("training", seed, epoch)
         progress = Progress(f"{method:<9} seed {seed}  epoch {epoch + 1}/{args.epochs}", steps)
@@ -263,7 +264,7 @@ def train(
             # Learning rate: a cosine from --lr down to 0
             rate = args.lr * common.cosine(epoch * steps + i, args.epochs * steps)
             common.set_rate(optimizer, rate)
-            # Forward: the student is quantized (Eq. 3); the method returns its loss
+            # Forward, through the fake quantization of Eq. 3; the method returns its loss
             loss = METHODS[method](student, teacher, images, labels, args)
             # Backward
             optimizer.zero_grad()
@@ -288,7 +289,8 @@ def figures_of_epoch(
 ) -> dict:
     """Of 256 training images: Fig. 2, the gradient's norm, and Fig. 5, the Hessian's trace.
 
-    Both are in the weights of all layers. ratio: the added term's gradient over cross-entropy's.
+    Both are with respect to the weights of all layers. ratio: the norm of the added term's gradient
+    over that of the cross-entropy's.
     """
     student = copy.deepcopy(student)
     images, labels = data.sample(256)

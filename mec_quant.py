@@ -54,11 +54,11 @@ SERIES_ORDER = 4  # that of Liu et al., which --diagnose compares with the exact
 
 
 def even(text: str) -> int:
-    """An argparse type: an even order. An odd one is greatest if all rows lie on one line."""
+    """An argparse type: an even order. Where it diverges, an odd one rewards equal directions."""
     order = common.number(int, 2, 100)(text)
     if order % 2:
         raise argparse.ArgumentTypeError(
-            f"{text!r} is odd, which rewards rows on one line; try {order - 1}"
+            f"{text!r} is odd, which rewards equal directions; try {order - 1}"
         )
     return order
 
@@ -73,7 +73,7 @@ def parse_args() -> Namespace:
     flag("--beta", type=number(float, 0, 1e6), default=1.0,
          help="weight of the relative coding length in the loss (default: 1)")
     flag("--eps2", type=number(float, 1e-6, 1e6), default=1 / 32,
-         help="squared error that the code may make per feature (default: 1/32)")
+         help="squared error that the code may make per feature (default: 1/32, as in MEC)")
     flag("--order", type=even,
          help="even order of the Taylor series, for mec (default: the exact value)")
     flag("--experts", type=number(int, 1, 64), default=3, help="K: number of experts (default: 3)")
@@ -114,8 +114,8 @@ def series_logdet(c: Tensor, order: int) -> Tensor:
 def exact_logdet(c: Tensor, symmetric: bool) -> Tensor:
     """log |det(I + C)| of one n x n matrix C or of a stack of them.
 
-    With one branch I + C is symmetric and positive definite. Then Cholesky factors are enough, and
-    the device is not waited for.
+    With one branch of features, Z, it is symmetric and positive definite: then Cholesky factors are
+    enough, which need not wait for the device. With a second branch, Z2, it is neither.
     """
     identity = torch.eye(c.shape[-1], dtype=c.dtype, device=c.device)
     if symmetric:
@@ -150,7 +150,7 @@ def coding_length(
 def series_converges(c: Tensor, order: int) -> bool:
     """Whether the spectral norm of C is below 1. It waits for the device."""
     if order % 2 or order < 2:
-        raise ValueError(f"order should be even, not {order}: an odd one rewards rows on one line")
+        raise ValueError(f"order should be even, not {order}: an odd one rewards equal directions")
     if not c.isfinite().all():  # the norm would raise; the series gives nan, which is reported
         return True
     norm = torch.linalg.matrix_norm(c.detach(), 2).item()
@@ -169,10 +169,10 @@ def moe_coding_length(z: Tensor, gates: Tensor, *, eps2: float, z2: Tensor | Non
         L_moe = (m + d) / 2 sum_k n_k / m log det(I + 1 / (n_k eps_d^2) Z^T diag(pi_k) Z2)
         n_k = sum_j pi_jk
 
-    gates: pi, m x K, rows sum to 1. With one expert it is L(Z). With more, and one branch, it is at
-    most L(Z), because log det is concave: so it is safe to maximise. That needs the weights n_k / m
-    [choice]. We leave out the bits that name an image's expert, as the gates are constants. The K
-    matrices are d x d or, if smaller, m x m.
+    gates: pi, m x K, rows sum to 1. With one expert it is L(Z). With more, and one branch, it is a
+    lower bound of L(Z), so to maximise it is safe: log det is concave, and n_k / m are weights that
+    sum to 1 [choice]. We leave out the bits that name an image's expert. No gradient flows through
+    the gates. The K matrices are d x d or, if smaller, m x m.
     """
     m, d = z.shape
     n = gates.sum(0).clamp_min(common.TINY)
@@ -288,7 +288,7 @@ def train(
 ) -> tuple[nn.Module, dict]:
     """Returns (the quantized network, its row of results).
 
-    Student and teacher are copies of the full-precision `network`; the teacher is never trained.
+    The full-precision `network` is the teacher and stays as it is. The student is a quantized copy.
     """
     teacher = network.eval()
     student = quantize(network, args.wbits, args.abits, args.quantizer)
@@ -298,8 +298,9 @@ def train(
         args, data, method, seed, args.epochs, model=student, optimizer=optimizer
     )
     steps = data.steps(args.batch_size)
+    done = checkpoint.load()  # 0, unless there is a file of this run to go on from
 
-    for epoch in range(checkpoint.load(), args.epochs):
+    for epoch in range(done, args.epochs):
         student.train()
         draws = common.epoch_draws("training", seed, epoch)
         progress = Progress(f"{method:<9} seed {seed}  epoch {epoch + 1}/{args.epochs}", steps)
@@ -324,7 +325,7 @@ def train(
     return student.eval(), row
 
 
-# ----------------------------------------------------------------- the paper's claims as numbers
+# ---------------------------------------------------------------------- the claims as numbers
 
 
 @torch.no_grad()
@@ -386,7 +387,7 @@ def diagnose(args: Namespace, data: Data, network: nn.Module, trained: dict) -> 
     print("\n|gradient of the term| / |gradient of the cross-entropy|, after each epoch")
     common.print_by_epoch(trained, histories, "ratio", lambda ratio: f"{ratio:.4f}")
     print(f"\nspectral norm of C, and the relative error of its series of order {SERIES_ORDER}")
-    common.print_by_epoch(trained, histories, "series", lambda s: f"{s[0]:.2f} {s[1]:+.0f}")
+    common.print_by_epoch(trained, histories, "series", lambda s: f"{s[0]:.2f} {s[1]:+.3g}")
     name = "mec-quant" if "mec-quant" in trained else list(trained)[-1]
     magnitudes = features[name].norm(dim=1)
     gates = scale_gates(magnitudes, args.experts)

@@ -59,7 +59,8 @@ def test_kurtosis_of_known_numbers():
     for sample, kurtosis in (
             (torch.linspace(2, 5, 10_000), -1.2),
             (torch.tensor([0.0, 1]), -2)):
-        assert flat_quant.excess_kurtosis(sample) == pytest.approx(kurtosis, abs=1e-3)
+        channels = torch.stack([sample, 9 * sample + 1])  # of any mean and variance
+        assert flat_quant.excess_kurtosis(channels) == pytest.approx(kurtosis, abs=1e-3)
 
 
 def test_weight_noise_has_the_statistics_of_dW_by_channel(network):
@@ -246,11 +247,13 @@ def test_ptq_rounds_as_was_measured_and_fits_the_inputs_of_evaluation(
     assert isinstance(layer.input_quantizer, common.PACT)
     fine = flat_quant.ptq(args, tiny_data, network.train(), 8, 8)
     assert (fine(images) - exact).norm() < 0.1 * exact.norm()
-    row = {"method": "sgd", "run": "", "wbits": 32, "abits": 32}
-    rows = flat_quant.quantized_rows(args, tiny_data, network, row)
     bits = ["wbits", "abits", "noise_wbits", "noise_abits"]
-    found = [[row[name] for name in bits] for row in rows]
-    assert found == [[3, 4, 3, 4], [8, 8, 3, 4]]
+    for method, noise in (
+            ("sam", [None, None]), ("wrong-bits+swa", [8, None]), ("weight+activation", [3, 4])):
+        row = {"method": method, "run": "", "wbits": 32, "abits": 32}
+        rows = flat_quant.quantized_rows(args, tiny_data, network, row)
+        found = [[row[name] for name in bits] for row in rows]
+        assert found == [[3, 4, *noise], [8, 8, *noise]]
     assert rows[0]["acc_batch_norm"] > rows[0]["acc"]
 
 

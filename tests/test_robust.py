@@ -237,7 +237,7 @@ def test_a_damaged_array_of_images_is_one_line(run, images, tmp_path):
 
 
 def row(name: str, **entries) -> dict:
-    return {"run": name, "method": "fp", "wbits": 2, "abits": 2, **entries}
+    return {"run": name, "method": "fp", "wbits": 2, "abits": 2, "loss": 1.5, **entries}
 
 
 def test_full_disk_is_one_line_and_leaves_nothing_half_written(run, parse, tmp_path):
