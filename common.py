@@ -1290,10 +1290,10 @@ def end_epoch(checkpoint: Checkpoint, progress: Progress, **notes) -> None:
     checkpoint.history.append(row)
     checkpoint.save()
     args.epochs_left -= 1
-    minutes = args.epochs_left * seconds / 60
+    left = int(args.epochs_left * seconds)
     say(
         f"{progress.name}  {progress}  {data.split} loss {loss:.4f}  acc {acc:5.2f} %  "
-        f"{seconds:.1f} s  whole command {minutes:.0f} min left"
+        f"{seconds:.1f} s  whole command {left // 60}:{left % 60:02d} left"
     )
 
 

@@ -368,7 +368,7 @@ def test_time_left_is_that_of_the_whole_command(script, run, tiny_networks, monk
     views = "--ablate-views" if script == "cr_qat" else ""
     run(script, SHAPES, "--ablate --seed 0", views)
     result = run(script, SHAPES, "--ablate --seed 0 1", views)
-    minutes = [int(n) for n in re.findall("  whole command (.*) min left\n", result.out)]
+    minutes = [int(n) for n in re.findall("  whole command (.*):00 left\n", result.out)]
     assert len(minutes) > 5
     assert minutes == list(reversed(range(len(minutes))))
     trained = {row["method"] for row in result.results}
