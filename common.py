@@ -1138,40 +1138,13 @@ class Progress:
 
 
 # What full precision depends on, so that all scripts and methods can share one network.
-FP_FLAGS = [
-    "model",
-    "depth",
-    "stem",
-    "augment",
-    "pad",
-    "batch_size",
-    "fp_epochs",
-    "fp_lr",
-    "fp_weight_decay",
-]
+FP_FLAGS = "model depth stem augment pad batch_size fp_epochs fp_lr fp_weight_decay".split()
 # Flags that do not shape training, or only through others: wbits and abits hold `bits`, and
 # `Checkpoint.settings` has entries of its own for the data and the run's one seed.
-NOT_SHAPING = [
-    "out",
-    "data_dir",
-    "dataset",
-    "train_size",
-    "val",
-    "device",
-    "recipe",
-    "bits",
-    "seed",
-    "method",
-    "ablate",
-    "ablate_views",
-    "diagnose",
-    "more_bits",
-    "resume",
-    "dry_run",
-    "script",
-    "command",
-    "epochs_left",
-]
+NOT_SHAPING = (
+    "out data_dir dataset train_size val device recipe bits seed method ablate ablate_views "
+    "diagnose more_bits resume dry_run script command epochs_left"
+).split()
 
 
 class Checkpoint:
