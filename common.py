@@ -81,7 +81,7 @@ def fake_quantize(
 
 
 class FakeQuantize(torch.autograd.Function):
-    """Forward and backward of `fake_quantize`; both can be differentiated again."""
+    """Forward and backward of `fake_quantize`. Autograd can differentiate both, for a Hessian."""
 
     @staticmethod
     def forward(ctx, x, step_size, zero_point, qmin, qmax, grad_scale):
@@ -167,9 +167,9 @@ class Quantizer(nn.Module):
             s = a S,   S = (x_max - x_min) / q_max     Eq. 4
             z = round(q_max - x_max / S)               Eq. 5
 
-        The paper has a = 1. We try `candidates` values, a = 1, 0.99, 0.98, ..., with the same S and
-        z, and take the one with the least squared error [choice]. The range always holds 0
-        [choice], so that padding and the zeros of a ReLU stay exact.
+        The paper has a = 1. We try `candidates` values, a = 1, 0.99, 0.98, ..., and take the one
+        with the least squared error [choice]. S and z stay, so that the grid shrinks around 0. The
+        range always holds 0 [choice], so that padding and the zeros of a ReLU stay exact.
         """
         rows = spaced_values(x, self.channels or 1)
         low = rows.amin(1).clamp_max(0)
@@ -178,19 +178,18 @@ class Quantizer(nn.Module):
         width = high - low
         widest = width.max() if width.max() > TINY else 1
         low = torch.where(width > TINY, low, -widest)
-        # If nothing is above 0, z would be q_max, and an x of 0 would lie on the upper bound. There
-        # it has no gradient and could never grow. So the range goes on for one level above 0. (On
-        # the lower bound, with z = 0, are the zeros of a ReLU, which have no gradient anyway.)
+        # If nothing is above 0, we add one level there, so that z = q_max - 1. With z = q_max an x
+        # of 0 would be on the upper bound, where it has no gradient, and it could never grow.
         high = torch.where(high > 0, high, -low / max(1, self.qmax - 1))
-        s = (high - low) / self.qmax  # Eq. 4
-        z = (self.qmax - high / s).round()  # Eq. 5
+        S = (high - low) / self.qmax  # Eq. 4
+        z = (self.qmax - high / S).round()  # Eq. 5
         fractions = torch.arange(candidates, 0, -1, device=x.device) / candidates
         errors = []
         for a in fractions:
-            x_hat = fake_quantize(rows, (a * s)[:, None], z[:, None], 0, self.qmax)
+            x_hat = fake_quantize(rows, (a * S)[:, None], z[:, None], 0, self.qmax)
             errors.append((x_hat - rows).square().sum(1))
         best = fractions[torch.stack(errors).argmin(0)]
-        self.step_size.copy_((best * s).reshape_as(self.step_size))
+        self.step_size.copy_((best * S).reshape_as(self.step_size))
         self.zero_point.copy_(z.reshape_as(self.zero_point))
 
 
@@ -325,14 +324,21 @@ def layer_bits(model: nn.Module, bits: int) -> dict[str, int]:
     return {name: 8 if name in (names[0], names[-1]) else bits for name in names}
 
 
+def quantizers_of(model: nn.Module) -> dict[str, Quantizer]:
+    return {name: m for name, m in model.named_modules() if isinstance(m, Quantizer)}
+
+
 def quantize(model: nn.Module, wbits: int, abits: int, quantizer: str = "lsq") -> nn.Module:
     """A copy of `model` whose Conv2d, Linear and `Product` modules quantize both factors.
 
     The first and the last layer in order of definition get 8 bits. Call `calibrate` next. A layer
     stays in full precision if its padding is not zeros, or if its weight is computed in each pass,
     as by weight_norm, spectral_norm and pruning. A warning names each parameter of two or more
-    dimensions that stays in full precision.
+    dimensions that stays in full precision. Raises ValueError if `model`
+    is quantized already.
     """
+    if quantizers_of(model):
+        raise ValueError("the network is quantized already")
     try:
         model = copy.deepcopy(model)
     except RuntimeError as error:
@@ -348,7 +354,7 @@ def quantize(model: nn.Module, wbits: int, abits: int, quantizer: str = "lsq") -
         if own_weight and getattr(layer, "padding_mode", "zeros") == "zeros":
             new = QuantLayer(layer, weight_bits[name], input_bits[name], quantizer)
             quantized[layer] = new.to(layer.weight)
-    for name, module in list(model.named_modules(remove_duplicate=False)):  # all names of each
+    for name, module in list(model.named_modules(remove_duplicate=False)):  # some have two
         if isinstance(module, Product):
             like = next(model.parameters())
             module.a_quantizer = QUANTIZERS[quantizer](abits).to(like)
@@ -360,10 +366,6 @@ def quantize(model: nn.Module, wbits: int, abits: int, quantizer: str = "lsq") -
     if left:
         warnings.warn(f"left in full precision: {', '.join(left)}", stacklevel=2)
     return quantized.get(model, model)  # a network may be a single layer
-
-
-def quantizers_of(model: nn.Module) -> dict[str, Quantizer]:
-    return {name: m for name, m in model.named_modules() if isinstance(m, Quantizer)}
 
 
 @torch.no_grad()
@@ -578,11 +580,12 @@ class Data:
         """
         shift = torch.randint(-self.pad, self.pad + 1, (2, len(index), 1, 1), generator=draws)
         flip = torch.randint(2, (len(index), 1, 1), generator=draws)
-        row, column = (shift * ("crop" in augment) + self.pad).to(index.device, non_blocking=True)
+        shift = shift * ("crop" in augment) + self.pad  # of rows, of columns
+        row, column = shift.to(index.device, non_blocking=True)  # N x 1 x 1 each
         flip = (flip * ("flip" in augment)).to(index.device, non_blocking=True)
         line = torch.arange(32, device=index.device)
-        rows = row + line[:, None]
-        columns = column + torch.where(flip > 0, 31 - line, line)
+        rows = row + line[:, None]  # N x 32 x 1
+        columns = column + torch.where(flip > 0, 31 - line, line)  # N x 1 x 32
         return self.normalize(self.train_padded[index[:, None, None], rows, columns])
 
     def sample(self, count: int) -> tuple[Tensor, Tensor]:
@@ -834,7 +837,7 @@ def hessian_top_eigenvalue(
 ) -> float:
     """The eigenvalue of largest magnitude of the same H, by `iters` steps of power iteration."""
     gradient = gradient_of(loss_fn(), params, create_graph=True)
-    hv = torch.zeros_like(gradient).normal_(generator=generator)
+    hv = torch.zeros_like(gradient).normal_(generator=generator)  # a random start
     for _ in range(iters):
         v = hv / hv.norm().clamp_min(TINY)
         hv = gradient_of(gradient @ v, params, retain_graph=True)

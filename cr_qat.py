@@ -33,8 +33,9 @@ from common import Checkpoint, Data, Progress, calibrate, hooked, quantize
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-# Of CR's own settings nothing is known. These are those of FPQ (fpq.py), by the same authors, and
-# our guesses [choice], with average and ramp after the mean teacher. CIFAR-100 needs --stem cifar.
+# What --recipe paper sets. CR's own settings are not known. These are those of FPQ (fpq.py), by the
+# same authors, and our guesses [choice], with average and ramp after the mean teacher. For
+# CIFAR-100 give --stem cifar.
 PAPER = {
     "model": "resnet18",
     "dataset": "cifar10",
@@ -412,6 +413,7 @@ def diagnose(data: Data, trained: dict[str, tuple]) -> None:
 def main() -> None:
     args = parse_args()
     runs = len(args.method) + args.ablate_views * len(VIEWS)
+    # For the time left, which `end_epoch` prints
     args.epochs_left = len(args.seed) * (args.fp_epochs + runs * args.epochs)
     source = common.read_images(args)
     rows = []

@@ -33,7 +33,7 @@ from common import Checkpoint, Data, Progress, Quantizer, hooked, layer_bits, we
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, update_bn
 
-# Settings of the authors' later code, and our guess [choice].
+# What --recipe paper sets: the authors' later code, and our guess [choice].
 PAPER = {
     "model": "resnet18",
     "dataset": "cifar100",
@@ -493,6 +493,7 @@ def print_errors(args: Namespace, data: Data, network: nn.Module) -> None:
 
 def main() -> None:
     args = parse_args()
+    # For the time left, which `end_epoch` prints
     args.epochs_left = len(args.seed) * len(args.method) * args.fp_epochs
     source = common.read_images(args)
     rows = []

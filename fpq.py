@@ -34,9 +34,9 @@ import torch.nn.functional as F
 from common import Checkpoint, Data, Progress, calibrate, feature_layers, hooked, quantize
 from torch import Tensor, nn
 
-# Section 4 of the paper, and our guesses [choice] where it is silent. We infer the stem: with the
-# "imagenet" one, ResNet-18 has about the paper's full-precision accuracy on CIFAR-10. The paper's
-# accuracy on CIFAR-100 fits --stem cifar.
+# What --recipe paper sets: section 4 of the paper, and our guesses [choice] where it is silent. One
+# guess is the stem, the first layers. With "imagenet", ResNet-18 has about the paper's accuracy in
+# full precision on CIFAR-10. The paper's accuracy on CIFAR-100 fits "cifar": give it as a flag.
 PAPER = {
     "model": "resnet18",
     "dataset": "cifar10",
@@ -80,9 +80,9 @@ def stochastic_feature_perturbation(x: Tensor, step_size: Tensor, p: float) -> T
 
         x + delta,   delta ~ U[-s/2, s/2] for each element
 
-    x has any shape; step_size s broadcasts against it. Each layer tosses its own coin. With noise
-    in many layers at once the expected noise of the output would not be 0 (Prop. 1), so p is small.
-    No gradient flows through delta [choice].
+    x has any shape; step_size s broadcasts against it. Each layer tosses its own coin. The paper
+    takes a small p, as noise in several layers at once is biased by its Prop. 1. No gradient flows
+    through delta [choice].
     """
     if torch.rand(()) >= p:  # Eq. 14; on the CPU, so that no device is waited for
         return x
@@ -258,6 +258,7 @@ def train(
 
     for epoch in range(done, args.epochs):
         student.train()
+        # Random numbers: torch's own generator for the noise, `draws` for the batches
         draws = common.epoch_draws("training", seed, epoch)
         progress = Progress(f"{method:<9} seed {seed}  epoch {epoch + 1}/{args.epochs}", steps)
         for i, (images, labels) in enumerate(data.batches(args.batch_size, draws, args.augment)):
@@ -289,8 +290,8 @@ def figures_of_epoch(
 ) -> dict:
     """Of 256 training images: Fig. 2, the gradient's norm, and Fig. 5, the Hessian's trace.
 
-    Both are with respect to the weights of all layers. ratio: the norm of the added term's gradient
-    over that of the cross-entropy's.
+    Both are with respect to the weights of all layers. ratio: the norm of the gradient of what the
+    method adds to the cross-entropy, over that of the cross-entropy itself.
     """
     student = copy.deepcopy(student)
     images, labels = data.sample(256)
@@ -377,6 +378,7 @@ def diagnose(data: Data, network: nn.Module, trained: dict[str, tuple]) -> None:
 
 def main() -> None:
     args = parse_args()
+    # For the time left, which `end_epoch` prints
     args.epochs_left = len(args.seed) * (args.fp_epochs + len(args.method) * args.epochs)
     source = common.read_images(args)
     rows = []

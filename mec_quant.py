@@ -39,8 +39,8 @@ import torch.nn.functional as F
 from common import Checkpoint, Data, Progress, calibrate, hooked, quantize
 from torch import Tensor, nn
 
-# Of MEC-Quant's own settings nothing is known. These are those of FPQ (fpq.py), by the same
-# authors, and our guesses [choice]. For CIFAR-100 give --stem cifar.
+# What --recipe paper sets. MEC-Quant's own settings are not known. These are those of FPQ (fpq.py),
+# by the same authors, and our guesses [choice]. For CIFAR-100 give --stem cifar.
 PAPER = {
     "model": "resnet18",
     "dataset": "cifar10",
@@ -401,6 +401,7 @@ def diagnose(args: Namespace, data: Data, network: nn.Module, trained: dict) -> 
 
 def main() -> None:
     args = parse_args()
+    # For the time left, which `end_epoch` prints
     args.epochs_left = len(args.seed) * (args.fp_epochs + len(args.method) * args.epochs)
     source = common.read_images(args)
     rows = []
