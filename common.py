@@ -180,7 +180,8 @@ class Quantizer(nn.Module):
         low = torch.where(width > TINY, low, -widest)
         # If nothing is above 0, we add one level there, so that z = q_max - 1. With z = q_max an x
         # of 0 would be on the upper bound, where it has no gradient, and it could never grow.
-        high = torch.where(high > 0, high, -low / max(1, self.qmax - 1))
+        if self.bits > 1:
+            high = torch.where(high > 0, high, -low / (self.qmax - 1))
         S = (high - low) / self.qmax  # Eq. 4
         z = (self.qmax - high / S).round()  # Eq. 5
         fractions = torch.arange(candidates, 0, -1, device=x.device) / candidates
@@ -234,8 +235,8 @@ class PACT(Quantizer):
         dx_hat/dalpha = 1 where x >= alpha, else 0
 
     The parameter is s, not alpha. We divide its gradient, n dL/dalpha, by n^2, so that alpha = n s
-    moves as if it were the parameter. alpha starts where LSQ's grid ends. If the data are signed,
-    we clip at -z s as well [choices].
+    moves as if it were the parameter, by the learning rate times dL/dalpha. It starts where LSQ's
+    grid ends. If the data are signed, we clip at -z s as well [choices].
     """
 
     decays = True  # as in PACT's paper: weight decay keeps alpha, and so the rounding error, small
@@ -640,7 +641,8 @@ def make_data(args: argparse.Namespace, images: tuple, seed: int) -> Data:
 def split(x: Tensor, y: Tensor, size: int, seed: int, flag: str) -> tuple:
     """`size` random images and labels, as class-balanced as the data allows, and the others.
 
-    Raises UsageError for a bad size, or if a class has no image left to train on.
+    The first lot is to train on or, if `flag` is "--val", to evaluate on. Raises UsageError for a
+    bad size, or if a class has no image left to train on.
     """
     classes = int(y.max()) + 1
     if not classes <= size < len(y):
@@ -702,13 +704,15 @@ class VisibleFolder(torchvision.datasets.ImageFolder):
 
     @staticmethod
     def is_visible_image(path):
-        hidden = Path(path).parent.name.startswith(".")
+        hidden = any(name.startswith(".") for name in Path(path).parts[-2:])
         return path.lower().endswith(torchvision.datasets.folder.IMG_EXTENSIONS) and not hidden
 
     def find_classes(self, directory):
         names = sorted(
             p.name for p in Path(directory).iterdir() if p.is_dir() and not p.name.startswith(".")
         )
+        if not names:
+            raise FileNotFoundError(f"{directory} has no folders")
         return names, {name: i for i, name in enumerate(names)}
 
 
@@ -1010,6 +1014,7 @@ def parse(parser: Parser, methods: list[str], recipe: dict) -> argparse.Namespac
     args.abits = args.abits or args.bits
     args.seed = list(dict.fromkeys(args.seed))
     args.method = methods if args.ablate else list(dict.fromkeys(args.method))
+    args.epochs_left = 0  # of the whole command; `main` sets it, and each epoch takes one off
     args.script = parser.prog
     args.command = shlex.join(["python", parser.prog, *sys.argv[1:]])
     if args.device == "auto":

@@ -6,7 +6,7 @@ same prediction on two augmented views of an image. The quantized student learns
 view. A quantized teacher, the moving average of the student, predicts from the other view, and the
 student is drawn to that prediction. This needs no label, so unlabelled images can take part.
 
-We had only the abstract and summaries, which have the views, the averaged teacher and a divergence.
+We had only the abstract and summaries by others: of views, an averaged teacher and a divergence.
 All else is rebuilt on the mean teacher (Tarvainen & Valpola 2017), the ancestor: formulas, schedule
 and constants are our decisions, marked [choice].
 
@@ -33,8 +33,8 @@ from common import Checkpoint, Data, Progress, calibrate, hooked, quantize
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-# What --recipe paper sets. CR's own settings are not known. These are those of FPQ (fpq.py), by the
-# same authors, and our guesses [choice], with average and ramp after the mean teacher. For
+# What --recipe paper sets. CR's own settings are not known. PAPER has those of FPQ, by the same
+# authors, see fpq.py; GUESSES are ours [choice], with average and ramp after the mean teacher. For
 # CIFAR-100 give --stem cifar.
 PAPER = {
     "model": "resnet18",
@@ -54,7 +54,7 @@ GUESSES = {
     "fp_weight_decay": 5e-4,
     "pad": 4,
 }
-BATCH_PER_LABELLED = 4  # with --labels, one image in 4 of a batch is labelled, the first [choice]
+BATCH_PER_LABELLED = 4  # with --labels, the first quarter of each batch is labelled [choice]
 VIEWS = ["none", "flip", "crop+flip", "crop+flip+noise", "crop+flip+colour"]
 
 
@@ -124,7 +124,8 @@ def ema_update(teacher: nn.Module, student: nn.Module, updates: int, alpha: floa
         theta_T <- keep theta_T + (1 - keep) theta_S,   keep = min(1 - 1 / (updates + 1), alpha)
 
     `updates` counts the calls before this one. While keep < alpha, theta_T is the mean of all
-    students so far. Zero points and 8-bit step sizes are fixed, so both networks have the same.
+    students so far. Zero points and 8-bit step sizes are not parameters; training leaves them as
+    they are, so that both networks have the same.
     """
     keep = min(1 - 1 / (updates + 1), alpha)
     update = get_ema_multi_avg_fn(keep)
@@ -148,8 +149,8 @@ def distort(images: Tensor, view: str) -> Tensor:
 
 # Each method is a function that returns the loss of a batch. views: the images, N x 3 x 32 x 32, as
 # the student sees them and as the teacher does. labels: N, -100 if unknown, which cross-entropy
-# ignores. ramp: lambda(t) over its maximum. average: the moving average of the student. network:
-# full precision. All methods start from it.
+# ignores. ramp: lambda(t) / lambda_max. average: the moving average of the student. network: full
+# precision. All methods start from a quantized copy of it.
 
 
 def baseline(student, average, network, views, labels, ramp, args):
@@ -204,7 +205,7 @@ METHODS = {"baseline": baseline, "two-view": two_view, "pi": pi, "fp-teacher": f
 
 
 def hide_labels(data: Data, count: int, seed: int) -> tuple[Data, Data]:
-    """Two data sets: `count` class-balanced images; all images, with labels -100 but for those.
+    """Two data sets: `count` class-balanced images; all images, with -100 for the other labels.
 
     Raises UsageError for a bad count.
     """
@@ -230,7 +231,8 @@ def mixed_order(labels: Tensor, batch_size: int, draws: torch.Generator) -> Tens
     unknown = (labels < 0).nonzero().flatten()
     known = known[torch.randperm(len(known), generator=draws)]
     steps = max(1, len(known) // labelled)
-    known = known.repeat(labelled)[: steps * labelled]  # again, if a batch needs more
+    # The repetition is for less labelled images than a single batch takes.
+    known = known.repeat(labelled)[: steps * labelled]
     chosen = torch.randint(len(unknown), (steps, batch_size - labelled), generator=draws)
     return torch.cat([known.reshape(steps, labelled), unknown[chosen]], 1).flatten()
 
@@ -258,7 +260,7 @@ def train(
 ) -> tuple[nn.Module, list[dict]]:
     """Returns (the quantized network, its rows of results).
 
-    Student and average start as copies of the full-precision `network`. labelled: the images of
+    Student and average start as quantized copies of `network`. labelled: the images of
     `data` that have labels. name: of the run, by default the method.
     """
     student = quantize(network, args.wbits, args.abits, args.quantizer)

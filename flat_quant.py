@@ -349,7 +349,7 @@ def train(args: Namespace, data: Data, method: str, seed: int) -> dict[str, tupl
     model, optimizer = common.new_network(args, data, seed, args.device)
     average = AveragedModel(model)
     bits = weight_noise_bits(args, method)
-    # Below, only methods that have a noise measure it. One that is not measured adds nothing.
+    # Without a measurement, below, a noise adds nothing.
     weight_noise = WEIGHT_NOISES.get(method, DifferentialWeightNoise)(model, bits)
     activation_noise = ActivationNoise(model, args.abits, args.rho, args.quantizer, args.mask)
     checkpoint = Checkpoint(
@@ -469,7 +469,10 @@ def print_ptq_table(rows: list[dict]) -> None:
 
 @torch.no_grad()
 def print_errors(args: Namespace, data: Data, network: nn.Module) -> None:
-    """The decomposition per layer, and how far the errors are from independent Gaussians."""
+    """The decomposition per layer, and how far the errors are from independent Gaussians.
+
+    x are the inputs that the layers of the full-precision network have.
+    """
     images, _ = data.sample(100)
     quantized = ptq(args, data, network, args.wbits, args.abits)
     inputs = layer_inputs(network, images)

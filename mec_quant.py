@@ -3,14 +3,14 @@ Extremely Low Bit Quantization-Aware Training", arXiv 2509.15514.
 
 The idea. Few bits bias what a network represents. MEC-Quant keeps the features rich while the
 network learns the labels: it maximises their entropy, measured by the length of a lossy code for
-them. A mixture of experts shares the coding, as features have a long tail. The loss is the
-cross-entropy minus beta times the relative length.
+them. Features have a long tail: those of a few images are far larger than most. So a mixture of
+experts shares the coding. The loss is the cross-entropy minus beta times the relative length.
 
 We had only the abstract and summaries, which name the coding length and the experts. Length and
 series are those of Ma et al. 2007 and Liu et al. 2022 (MEC). The rest is ours, marked [choice]:
-what the features are, and how the experts share the images. Our experts split the images of a batch
-by the norm of their features. Each codes the directions of its own images. The formula of the
-mixture is that of maximal coding rate reduction (Yu et al. 2020), which minimises it for given
+what the features are, and how the experts share the images. Our experts share the images of a batch
+softly, by the norm of their features, and each codes the directions of its share. The formula of
+the mixture is that of maximal coding rate reduction (Yu et al. 2020), which minimises it for given
 classes; we maximise it.
 
     symbol                                                                             from
@@ -39,8 +39,8 @@ import torch.nn.functional as F
 from common import Checkpoint, Data, Progress, calibrate, hooked, quantize
 from torch import Tensor, nn
 
-# What --recipe paper sets. MEC-Quant's own settings are not known. These are those of FPQ (fpq.py),
-# by the same authors, and our guesses [choice]. For CIFAR-100 give --stem cifar.
+# What --recipe paper sets. MEC-Quant's own settings are not known. PAPER has those of FPQ, by the
+# same authors, see fpq.py; GUESSES are ours [choice]. For CIFAR-100 give --stem cifar.
 PAPER = {
     "model": "resnet18",
     "dataset": "cifar10",
@@ -54,12 +54,10 @@ SERIES_ORDER = 4  # that of Liu et al., which --diagnose compares with the exact
 
 
 def even(text: str) -> int:
-    """An argparse type: an even order. Where it diverges, an odd one rewards equal directions."""
+    """An argparse type: an even order of the series; see `series_converges`."""
     order = common.number(int, 2, 100)(text)
     if order % 2:
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is odd, which rewards equal directions; try {order - 1}"
-        )
+        raise argparse.ArgumentTypeError(f"{text!r} should be even; try {order - 1}")
     return order
 
 
@@ -78,7 +76,7 @@ def parse_args() -> Namespace:
          help="even order of the Taylor series, for mec (default: the exact value)")
     flag("--experts", type=number(int, 1, 64), default=3, help="K: number of experts (default: 3)")
     flag("--features", choices=["float", "quantized"], default="float",
-         help="Z before (default) or after the last layer's input quantizer")
+         help="Z before (default) or after the last layer's input quantizer, of 8 bits")
     args = common.parse(parser, list(METHODS), PAPER | GUESSES)
     if args.order and "mec" not in args.method:
         parser.error("--order has no effect without --method mec: add mec, or leave --order out")
@@ -131,9 +129,9 @@ def coding_length(
 
         L = mu log det(I + lambda Z1^T Z2),   mu = (m + d) / 2,   lambda = 1 / (m eps_d^2)
 
-    The code may make the squared error eps_d^2 per feature. Half the log det is the logarithm of
-    how many balls of that error fill the volume of the features. It is paid for each of m rows and
-    d directions (Ma). Z2 is Z1 by default.
+    The code may make the squared error eps_d^2 per feature. log det / 2 is the length for one row:
+    the logarithm of how many such errors fit into the features' volume. The code has m rows, and d
+    principal directions that cost the same (Ma). Z2 is Z1 by default.
 
     As det(I + AB) = det(I + BA), we take the smaller of the d x d and the m x m matrix. The default
     is exact. An even `order` takes the series of Liu et al.; if it diverges, a warning says so and
@@ -148,9 +146,13 @@ def coding_length(
 
 
 def series_converges(c: Tensor, order: int) -> bool:
-    """Whether the spectral norm of C is below 1. It waits for the device."""
+    """Whether the series may be used: a spectral norm of C below 1. Warns if it is not.
+
+    It waits for the device. Raises ValueError for an odd order: its last term has the sign of a
+    reward for features that are all alike.
+    """
     if order % 2 or order < 2:
-        raise ValueError(f"order should be even, not {order}: an odd one rewards equal directions")
+        raise ValueError(f"order should be even and positive, not {order}")
     if not c.isfinite().all():  # the norm would raise; the series gives nan, which is reported
         return True
     norm = torch.linalg.matrix_norm(c.detach(), 2).item()
@@ -171,8 +173,8 @@ def moe_coding_length(z: Tensor, gates: Tensor, *, eps2: float, z2: Tensor | Non
 
     gates: pi, m x K, rows sum to 1. With one expert it is L(Z). With more, and one branch, it is a
     lower bound of L(Z), so to maximise it is safe: log det is concave, and n_k / m are weights that
-    sum to 1 [choice]. We leave out the bits that name an image's expert. No gradient flows through
-    the gates. The K matrices are d x d or, if smaller, m x m.
+    sum to 1 [choice]. We leave out the bits that name an image's expert. The K matrices are d x d
+    or, if smaller, m x m.
     """
     m, d = z.shape
     n = gates.sum(0).clamp_min(common.TINY)
@@ -244,7 +246,7 @@ def mec(student, teacher, images, labels, args):
 
 
 def mixture(student, images, labels, args, gates_of, other=None):
-    """L = CE - beta L_moe / L_max, for gates gates_of(magnitudes, K) and another branch's Z."""
+    """L = CE - beta L_moe / L_max. gates_of gives the gates; other is Z2 of a second branch."""
     with penultimate(student, args.features) as features:
         logits = student(images)
     z = normalized_rows(features[0])
@@ -260,7 +262,7 @@ def mec_quant(student, teacher, images, labels, args):
 
 
 def branch(student, teacher, images, labels, args):
-    """MEC-Quant with two branches: the student's features and those of full precision, Z2."""
+    """A variant with two branches: the student's features and those of full precision, Z2."""
     with torch.no_grad(), penultimate(teacher) as features:
         teacher(images)
     return mixture(student, images, labels, args, scale_gates, normalized_rows(features[0]))
