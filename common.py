@@ -200,8 +200,11 @@ def spaced_values(x: Tensor, channels: int, most: int = 65536) -> Tensor:
     count = max(1024, most // channels)
     if rows.shape[1] <= count:
         return rows
-    index = torch.arange(count, device=x.device) * (rows.shape[1] - 1) // (count - 1)
-    return torch.cat([rows[:, index], rows.amin(1, keepdim=True), rows.amax(1, keepdim=True)], 1)
+    last = rows.shape[1] - 1
+    index = torch.arange(count, device=x.device) * last // (count - 1)
+    low = rows.amin(1, keepdim=True)
+    high = rows.amax(1, keepdim=True)
+    return torch.cat([rows[:, index], low, high], 1)
 
 
 def scale_gradient(t: Tensor, scale: float | Tensor) -> Tensor:
@@ -363,7 +366,10 @@ def quantize(model: nn.Module, wbits: int, abits: int, quantizer: str = "lsq") -
         elif module in quantized and module is not model:
             model.set_submodule(name, quantized[module])
     weights = {layer.weight for layer in quantized.values()}
-    left = [name for name, p in model.named_parameters() if p.dim() > 1 and p not in weights]
+    left = []
+    for name, parameter in model.named_parameters():
+        if parameter.dim() > 1 and parameter not in weights:
+            left.append(name)
     if left:
         warnings.warn(f"left in full precision: {', '.join(left)}", stacklevel=2)
     return quantized.get(model, model)  # a network may be a single layer
@@ -449,7 +455,8 @@ def cifar_resnet(blocks: int, classes: int) -> nn.Module:
             shortcut = Conv2dNormActivation(inputs, outputs, 1, stride=2, activation_layer=None)
             layers.append(BasicBlock(inputs, outputs, stride=2, downsample=shortcut))
         inputs = outputs
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, classes))
+    layers += [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, classes)]
+    return nn.Sequential(*layers)
 
 
 def mobilenet_v1(classes: int, stem: str) -> nn.Module:
@@ -461,7 +468,8 @@ def mobilenet_v1(classes: int, stem: str) -> nn.Module:
         layers.append(Conv2dNormActivation(inputs, inputs, 3, stride, groups=inputs))
         layers.append(Conv2dNormActivation(inputs, outputs, 1))
         inputs = outputs
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(1024, classes))
+    layers += [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(1024, classes)]
+    return nn.Sequential(*layers)
 
 
 class Attention(nn.Module):
@@ -476,7 +484,8 @@ class Attention(nn.Module):
         self.mix = Product()
 
     def forward(self, x: Tensor, *_, **__) -> tuple[Tensor, None]:
-        q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        qkv = self.qkv(x).unflatten(2, (3, self.heads, -1))
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)
         scores = self.scores(q, k.transpose(2, 3)) * q.shape[3] ** -0.5
         mixed = self.mix(scores.softmax(3), v)
         return self.proj(mixed.transpose(1, 2).flatten(2)), None
@@ -550,7 +559,9 @@ class Data:
 
     def normalize(self, images: Tensor) -> Tensor:
         """uint8 N x H x W x 3 -> float N x 3 x H x W, a view in channels_last order."""
-        return images.float().div_(255).sub_(self.mean).div_(self.std).permute(0, 3, 1, 2)
+        pixels = images.float().div_(255)
+        pixels = pixels.sub_(self.mean).div_(self.std)
+        return pixels.permute(0, 3, 1, 2)
 
     def steps(self, batch_size: int) -> int:
         """Batches per epoch, at least 1. We drop an incomplete last one: it distorts batch norm."""
@@ -579,8 +590,9 @@ class Data:
 
         A crop moves the window of 32 x 32 pixels by up to `pad`; a flip mirrors its columns.
         """
-        shift = torch.randint(-self.pad, self.pad + 1, (2, len(index), 1, 1), generator=draws)
-        flip = torch.randint(2, (len(index), 1, 1), generator=draws)
+        n = len(index)
+        shift = torch.randint(-self.pad, self.pad + 1, (2, n, 1, 1), generator=draws)
+        flip = torch.randint(2, (n, 1, 1), generator=draws)
         shift = shift * ("crop" in augment) + self.pad  # of rows, of columns
         row, column = shift.to(index.device, non_blocking=True)  # N x 1 x 1 each
         flip = (flip * ("flip" in augment)).to(index.device, non_blocking=True)
@@ -631,7 +643,8 @@ def make_data(args: argparse.Namespace, images: tuple, seed: int) -> Data:
     for tensor in tensors:
         fingerprint = zlib.crc32(tensor.contiguous().numpy(), fingerprint)
     x = tensors[0]
-    pixels = x[:: 1 + len(x) // 10_000].float().div(255).flatten(0, 2)
+    pixels = x[:: 1 + len(x) // 10_000].flatten(0, 2)
+    pixels = pixels.float().div(255)
     tensors[0] = F.pad(x, (0, 0, *[args.pad] * 4))
     tensors += [pixels.mean(0), pixels.std(0).clamp_min(1e-3)]
     tensors = [tensor.to(args.device) for tensor in tensors]
@@ -744,7 +757,8 @@ def read_folder(data_dir: Path, cache_dir: Path) -> tuple:
     files = [file for folder in folders for file in folder.rglob("*") if file.is_file()]
     if len(files) > len(paths):
         say(f"{len(files) - len(paths)} of {len(files)} files are skipped: no images, or hidden")
-    stamps = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
+    stats = [path.stat() for path in paths]
+    stamps = [(str(p), stat.st_size, stat.st_mtime_ns) for p, stat in zip(paths, stats)]
     cache = cache_dir / f"images-{hashed(stamps):08x}.npy"
     if cache.exists():
         try:
@@ -786,7 +800,8 @@ def draw_shapes(train: int = 2560, test: int = 1000, seed: int = 0) -> tuple:
     edge = (6 + 4 * size) * (1 + 0.4 * np.cos(lobes * theta))
     share = np.hypot(dx, dy) / edge
     bright = (share > inner) & (share < 1)
-    image = rng.normal(0.3 + 0.4 * bright[..., None], 0.27, (n, 32, 32, 3)).clip(0, 1)
+    mean = 0.3 + 0.4 * bright[..., None]
+    image = rng.normal(mean, 0.27, (n, 32, 32, 3)).clip(0, 1)
     x = torch.from_numpy((255 * image).astype(np.uint8))
     y = torch.from_numpy(kind)
     names = [f"{n} lobes, {fill}" for fill in ("filled", "hollow") for n in (0, 2, 3, 4, 6)]
@@ -805,7 +820,10 @@ def evaluate(model: nn.Module, data: Data, every: int = 1) -> tuple[float, float
     training = model.training
     labels = data.test_labels[::every]
     model.eval()
-    logits = torch.cat([model(data.normalize(x)) for x in data.test_images[::every].split(250)])
+    logits = []
+    for images in data.test_images[::every].split(250):
+        logits.append(model(data.normalize(images)))
+    logits = torch.cat(logits)
     model.train(training)
     right = (logits.argmax(1) == labels).sum().item()
     return 100 * right / len(labels), F.cross_entropy(logits, labels).item()

@@ -105,7 +105,8 @@ def series_logdet(c: Tensor, order: int) -> Tensor:
     total = torch.diagonal(c).sum()
     for k in range(2, order + 1):
         power = power @ c
-        total = total + (-1) ** (k + 1) / k * torch.diagonal(power).sum()
+        trace = torch.diagonal(power).sum()
+        total = total + (-1) ** (k + 1) / k * trace
     return total
 
 
@@ -118,7 +119,8 @@ def exact_logdet(c: Tensor, symmetric: bool) -> Tensor:
     identity = torch.eye(c.shape[-1], dtype=c.dtype, device=c.device)
     if symmetric:
         factor = torch.linalg.cholesky_ex(identity + c).L
-        return 2 * torch.diagonal(factor, dim1=-2, dim2=-1).log().sum(-1)
+        diagonal = torch.diagonal(factor, dim1=-2, dim2=-1)
+        return 2 * diagonal.log().sum(-1)
     return torch.linalg.slogdet(identity + c).logabsdet
 
 
@@ -165,7 +167,9 @@ def series_converges(c: Tensor, order: int) -> bool:
     return norm < 1
 
 
-def moe_coding_length(z: Tensor, gates: Tensor, *, eps2: float, z2: Tensor | None = None) -> Tensor:
+def moe_coding_length(
+    z: Tensor, gates: Tensor, *, eps2: float, z2: Tensor | None = None
+) -> Tensor:
     """L_moe: a mixture of K experts, each of which codes its share of the rows.
 
         L_moe = (m + d) / 2 sum_k n_k / m log det(I + 1 / (n_k eps_d^2) Z^T diag(pi_k) Z2)
@@ -182,7 +186,8 @@ def moe_coding_length(z: Tensor, gates: Tensor, *, eps2: float, z2: Tensor | Non
     left = root * z  # K x m x d
     right = left if z2 is None else root * z2
     c = left.mT @ right if d < m else left @ right.mT
-    logdets = exact_logdet(c / (n * eps2)[:, None, None], symmetric=z2 is None)
+    c = c / (n * eps2)[:, None, None]
+    logdets = exact_logdet(c, symmetric=z2 is None)
     return (m + d) / 2 * (n / m * logdets).sum()
 
 
@@ -194,7 +199,8 @@ def scale_gates(magnitudes: Tensor, experts: int) -> Tensor:
     expert k is at the (k + 1/2) / K quantile, of width std / K. Rows sum to 1. No gradient flows.
     """
     scale = magnitudes.detach().clamp_min(common.TINY).log()
-    levels = (torch.arange(experts, device=scale.device, dtype=scale.dtype) + 0.5) / experts
+    numbers = torch.arange(experts, device=scale.device, dtype=scale.dtype)
+    levels = (numbers + 0.5) / experts
     width = scale.std(correction=0) / experts + 1e-6
     distance = (scale[:, None] - scale.quantile(levels)) / width
     return (-0.5 * distance.square()).softmax(1)
@@ -217,7 +223,10 @@ def penultimate(model: nn.Module, features: str = "float") -> Iterator[list[Tens
     found = []
 
     def keep(layer, inputs):
-        found.append(layer.input_quantizer(inputs[0]) if features == "quantized" else inputs[0])
+        z = inputs[0]
+        if features == "quantized":
+            z = layer.input_quantizer(z)
+        found.append(z)
 
     classifier = list(common.weight_layers(model).values())[-1]
     with hooked([classifier], before=keep):
@@ -265,7 +274,8 @@ def branch(student, teacher, images, labels, args):
     """A variant with two branches: the student's features and those of full precision, Z2."""
     with torch.no_grad(), penultimate(teacher) as features:
         teacher(images)
-    return mixture(student, images, labels, args, scale_gates, normalized_rows(features[0]))
+    other = normalized_rows(features[0])
+    return mixture(student, images, labels, args, scale_gates, other)
 
 
 def random_experts(student, teacher, images, labels, args):
