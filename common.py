@@ -111,9 +111,9 @@ class Quantizer(nn.Module):
     for each output channel of a weight and one for all activations of a layer. Step size and zero
     point are NaN until `calibrate`. Of the step size only the magnitude counts.
 
-    At 8 bits the step size is a buffer and stays as calibrated [choice]. LSQ's learning rate is too
-    large for it: in our trials the step size grew ninefold. One bit is for activations only. Raises
-    ValueError for a number of bits beyond that.
+    At 8 bits the step size is a buffer and stays as calibrated [choice]. With LSQ's gradient it
+    moves too fast: in our trials it grew ninefold. Raises ValueError if bits are not from 1 to 8
+    or, with `channels`, from 2 to 8.
     """
 
     decays = False  # no weight decay on step sizes [choice]; see `sgd`
@@ -174,7 +174,7 @@ class Quantizer(nn.Module):
         rows = spaced_values(x, self.channels or 1)
         low = rows.amin(1).clamp_max(0)
         high = rows.amax(1).clamp_min(0)
-        # If a channel is all zeros, its range begins at minus the width of the widest channel.
+        # A channel of zeros gets as wide a range as the widest channel has, below 0 at first.
         width = high - low
         widest = width.max() if width.max() > TINY else 1
         low = torch.where(width > TINY, low, -widest)
@@ -238,8 +238,8 @@ class PACT(Quantizer):
         dx_hat/dalpha = 1 where x >= alpha, else 0
 
     The parameter is s, not alpha. We divide its gradient, n dL/dalpha, by n^2, so that alpha = n s
-    moves as if it were the parameter, by the learning rate times dL/dalpha. It starts where LSQ's
-    grid ends. If the data are signed, we clip at -z s as well [choices].
+    moves as if it were the parameter, by the learning rate times dL/dalpha. alpha starts where
+    LSQ's grid ends. If the data are signed, we clip at -z s as well [choices].
     """
 
     decays = True  # as in PACT's paper: weight decay keeps alpha, and so the rounding error, small
@@ -358,7 +358,7 @@ def quantize(model: nn.Module, wbits: int, abits: int, quantizer: str = "lsq") -
         if own_weight and getattr(layer, "padding_mode", "zeros") == "zeros":
             new = QuantLayer(layer, weight_bits[name], input_bits[name], quantizer)
             quantized[layer] = new.to(layer.weight)
-    for name, module in list(model.named_modules(remove_duplicate=False)):  # some have two
+    for name, module in list(model.named_modules(remove_duplicate=False)):  # two names, perhaps
         if isinstance(module, Product):
             like = next(model.parameters())
             module.a_quantizer = QUANTIZERS[quantizer](abits).to(like)
@@ -1269,7 +1269,7 @@ def read_checkpoint(path: Path) -> dict:
 
 
 def end_epoch(checkpoint: Checkpoint, progress: Progress, **notes) -> None:
-    """Evaluate, print the epoch's row, append it and `notes` to the history, save.
+    """Evaluate, append the epoch's row and `notes` to the history, save, print the row.
 
     Raises FloatingPointError, which ends the script, if a loss is not finite.
     """

@@ -301,7 +301,7 @@ def train(
         if args.diagnose:
             batch = next(epoch_batches(args, data, views, torch.Generator().manual_seed(0)))
             notes = figures_of_epoch(args, labelled, batch, checkpoint.parts, method, network)
-        # Evaluation on some test images, a printed row, checkpoint
+        # Evaluation on some test images, checkpoint, a printed row
         common.end_epoch(checkpoint, progress, **notes)
     # New statistics for batch norm, evaluation on all test images, a line of results.jsonl
     rows = [common.finish(checkpoint)]

@@ -389,7 +389,7 @@ def train(args: Namespace, data: Data, method: str, seed: int) -> dict[str, tupl
         # SWA averages the last half of the epochs
         if epoch >= args.fp_epochs // 2:
             average.update_parameters(model)
-        # Evaluation on some test images, a printed row, checkpoint
+        # Evaluation on some test images, checkpoint, a printed row
         common.end_epoch(checkpoint, progress)
     # New statistics for batch norm, evaluation on all test images, a line of results.jsonl
     full = {"wbits": 32, "abits": 32, "quantizer": None}

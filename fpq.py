@@ -34,9 +34,9 @@ import torch.nn.functional as F
 from common import Checkpoint, Data, Progress, calibrate, feature_layers, hooked, quantize
 from torch import Tensor, nn
 
-# What --recipe paper sets: section 4 of the paper, and our guesses [choice] where it is silent. One
-# guess is the stem, the first layers. With "imagenet", ResNet-18 has about the paper's accuracy in
-# full precision on CIFAR-10. The paper's accuracy on CIFAR-100 fits "cifar": give it as a flag.
+# What --recipe paper sets: section 4 of the paper, and our guesses [choice] where it is silent. We
+# guess --stem imagenet, torchvision's first layers, because ResNet-18 then reaches about the paper's
+# accuracy in full precision on CIFAR-10. For CIFAR-100 give --stem cifar, by the same rule.
 PAPER = {
     "model": "resnet18",
     "dataset": "cifar10",
@@ -80,9 +80,9 @@ def stochastic_feature_perturbation(x: Tensor, step_size: Tensor, p: float) -> T
 
         x + delta,   delta ~ U[-s/2, s/2] for each element
 
-    x has any shape; step_size s broadcasts against it. Each layer tosses its own coin. The paper
-    takes a small p, as noise in several layers at once is biased by its Prop. 1. No gradient flows
-    through delta [choice].
+    x has any shape; step_size s broadcasts against it. Each layer tosses its own coin, and p is
+    small: Prop. 1 of the paper is about noise in several layers at once. No gradient flows through
+    delta [choice].
     """
     if torch.rand(()) >= p:  # Eq. 14; on the CPU, so that no device is waited for
         return x
@@ -275,7 +275,7 @@ def train(
             progress.add(loss=loss)
         # With --diagnose, the epoch's share of the paper's figures
         notes = figures_of_epoch(args, data, method, student, teacher) if args.diagnose else {}
-        # Evaluation on some test images, a printed row, checkpoint
+        # Evaluation on some test images, checkpoint, a printed row
         common.end_epoch(checkpoint, progress, **notes)
     # New statistics for batch norm, evaluation on all test images, a line of results.jsonl
     row = common.finish(checkpoint)
@@ -288,7 +288,7 @@ def train(
 def figures_of_epoch(
     args: Namespace, data: Data, method: str, student: nn.Module, teacher: nn.Module
 ) -> dict:
-    """Of 256 training images: Fig. 2, the gradient's norm, and Fig. 5, the Hessian's trace.
+    """Of 256 training images: Fig. 2, the gradient's norm; Fig. 5, [Hessian trace, its error].
 
     Both are with respect to the weights of all layers. ratio: the norm of the gradient of what the
     method adds to the cross-entropy, over that of the cross-entropy itself.

@@ -330,7 +330,7 @@ def train(
             progress.add(loss=loss)
         # With --diagnose, the epoch's figures
         notes = figures_of_epoch(args, data, method, student, teacher) if args.diagnose else {}
-        # Evaluation on some test images, a printed row, checkpoint
+        # Evaluation on some test images, checkpoint, a printed row
         common.end_epoch(checkpoint, progress, **notes)
     # New statistics for batch norm, evaluation on all test images, a line of results.jsonl
     row = common.finish(checkpoint)
