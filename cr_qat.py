@@ -6,9 +6,9 @@ same prediction on two augmented views of an image. The quantized student learns
 view. A quantized teacher, the moving average of the student, predicts from the other view, and the
 student is drawn to that prediction. This needs no label, so unlabelled images can take part.
 
-We had only the abstract and summaries by others: of views, an averaged teacher and a divergence.
-All else is rebuilt on the mean teacher (Tarvainen & Valpola 2017), the ancestor: formulas, schedule
-and constants are our decisions, marked [choice].
+We had only the abstract and other people's summaries. They mention the views, an averaged teacher
+and a divergence. The rest is rebuilt on the mean teacher (Tarvainen & Valpola 2017), the ancestor;
+our own decisions, among them all constants, are marked [choice].
 
     symbol                   here                                               from
     two views                data.batches(), then distort                       summaries
@@ -34,8 +34,8 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 # What --recipe paper sets. CR's own settings are not known. PAPER has those of FPQ, by the same
-# authors, see fpq.py; GUESSES are ours [choice], with average and ramp after the mean teacher. For
-# CIFAR-100 give --stem cifar.
+# authors, see fpq.py. GUESSES are ours [choice]; "ema" and "ramp_epochs" are after the mean teacher.
+# For CIFAR-100 give --stem cifar.
 PAPER = {
     "model": "resnet18",
     "dataset": "cifar10",
@@ -226,15 +226,15 @@ def mixed_order(labels: Tensor, batch_size: int, draws: torch.Generator) -> Tens
 
     An epoch is one pass over the labelled images; the others are drawn with replacement [choice].
     """
-    labelled = batch_size // BATCH_PER_LABELLED
+    quarter = batch_size // BATCH_PER_LABELLED
     known = (labels >= 0).nonzero().flatten()
     unknown = (labels < 0).nonzero().flatten()
     known = known[torch.randperm(len(known), generator=draws)]
-    steps = max(1, len(known) // labelled)
-    # The repetition is for less labelled images than a single batch takes.
-    known = known.repeat(labelled)[: steps * labelled]
-    chosen = torch.randint(len(unknown), (steps, batch_size - labelled), generator=draws)
-    return torch.cat([known.reshape(steps, labelled), unknown[chosen]], 1).flatten()
+    steps = max(1, len(known) // quarter)
+    # Repeated, because there may be less labelled images than a single batch takes
+    known = known.repeat(quarter)[: steps * quarter]
+    chosen = torch.randint(len(unknown), (steps, batch_size - quarter), generator=draws)
+    return torch.cat([known.reshape(steps, quarter), unknown[chosen]], 1).flatten()
 
 
 def epoch_batches(args: Namespace, data: Data, views: list[str], draws: torch.Generator):
@@ -292,7 +292,7 @@ def train(
             # Backward
             optimizer.zero_grad()
             loss.backward()
-            # Step of the student, then of its average
+            # Step of the student, then of its average, which only "cr" uses
             optimizer.step()
             ema_update(average, student, step, args.ema)
             progress.add(loss=loss)
@@ -323,13 +323,13 @@ def weight_bins(model: nn.Module) -> Tensor:
 def figures_of_epoch(
     args: Namespace, data: Data, batch: tuple, parts: dict, method: str, network: nn.Module
 ) -> dict:
-    """What a step on `batch`, (views, labels), would do to a copy of all `parts` of the run.
+    """What a step on `batch`, (views, labels), would do to the run, whose `parts` are copied.
 
     ratio: |gradient of the added term| / |gradient of the cross-entropy|, at the full weight; it is
     0 for methods without a term. trace: that of the Hessian, with its standard error. changed: the
-    share of weights whose integer the step changes.
+    share of weights whose integer the step changes, without first and last layer.
     """
-    parts = copy.deepcopy(parts)
+    parts = copy.deepcopy(parts)  # all at once, so that the optimizer's copy has the student's copy
     student = parts["model"]
     arguments = (student, parts["average"], network, *batch)
     loss = METHODS[method](*arguments, 1.0, args)

@@ -35,7 +35,7 @@ from common import Checkpoint, Data, Progress, calibrate, feature_layers, hooked
 from torch import Tensor, nn
 
 # What --recipe paper sets: section 4 of the paper, and our guesses [choice] where it is silent. We
-# guess --stem imagenet, torchvision's first layers, because ResNet-18 then reaches about the paper's
+# guess --stem imagenet, torchvision's first layers: ResNet-18 then reaches about the paper's
 # accuracy in full precision on CIFAR-10. For CIFAR-100 give --stem cifar, by the same rule.
 PAPER = {
     "model": "resnet18",

@@ -3,15 +3,15 @@ Extremely Low Bit Quantization-Aware Training", arXiv 2509.15514.
 
 The idea. Few bits bias what a network represents. MEC-Quant keeps the features rich while the
 network learns the labels: it maximises their entropy, measured by the length of a lossy code for
-them. Features have a long tail: those of a few images are far larger than most. So a mixture of
-experts shares the coding. The loss is the cross-entropy minus beta times the relative length.
+them. Features have a long tail: those of a few images are far larger than most. A mixture of
+experts is to handle it. The loss is the cross-entropy minus beta times the relative length.
 
 We had only the abstract and summaries, which name the coding length and the experts. Length and
 series are those of Ma et al. 2007 and Liu et al. 2022 (MEC). The rest is ours, marked [choice]:
 what the features are, and how the experts share the images. Our experts share the images of a batch
-softly, by the norm of their features, and each codes the directions of its share. The formula of
-the mixture is that of maximal coding rate reduction (Yu et al. 2020), which minimises it for given
-classes; we maximise it.
+softly, by the norm of their features. Each codes the directions, of unit length, of its share. The
+formula of the mixture is that of maximal coding rate reduction (Yu et al. 2020), which minimises it
+for given classes; we maximise it.
 
     symbol                                                                             from
     Z: m x d              normalized_rows(features): m images, d features              [choice]
@@ -73,7 +73,7 @@ def parse_args() -> Namespace:
     flag("--eps2", type=number(float, 1e-6, 1e6), default=1 / 32,
          help="squared error that the code may make per feature (default: 1/32, as in MEC)")
     flag("--order", type=even,
-         help="even order of the Taylor series, for mec (default: the exact value)")
+         help="even order of the Taylor series, for --method mec (default: the exact value)")
     flag("--experts", type=number(int, 1, 64), default=3, help="K: number of experts (default: 3)")
     flag("--features", choices=["float", "quantized"], default="float",
          help="Z before (default) or after the last layer's input quantizer, of 8 bits")
@@ -113,8 +113,8 @@ def series_logdet(c: Tensor, order: int) -> Tensor:
 def exact_logdet(c: Tensor, symmetric: bool) -> Tensor:
     """log |det(I + C)| of one n x n matrix C or of a stack of them.
 
-    With one branch of features, Z, it is symmetric and positive definite: then Cholesky factors are
-    enough, which need not wait for the device. With a second branch, Z2, it is neither.
+    With one branch of features, Z, I + C is symmetric and positive definite. Then Cholesky factors
+    are enough, which need not wait for the device. With a second branch, Z2, it is neither.
     """
     identity = torch.eye(c.shape[-1], dtype=c.dtype, device=c.device)
     if symmetric:
@@ -133,7 +133,7 @@ def coding_length(
 
     The code may make the squared error eps_d^2 per feature. log det / 2 is the length for one row:
     the logarithm of how many such errors fit into the features' volume. The code has m rows, and d
-    principal directions that cost the same (Ma). Z2 is Z1 by default.
+    principal directions, each at the cost of a row (Ma). Z2 is Z1 by default.
 
     As det(I + AB) = det(I + BA), we take the smaller of the d x d and the m x m matrix. The default
     is exact. An even `order` takes the series of Liu et al.; if it diverges, a warning says so and
@@ -150,8 +150,8 @@ def coding_length(
 def series_converges(c: Tensor, order: int) -> bool:
     """Whether the series may be used: a spectral norm of C below 1. Warns if it is not.
 
-    It waits for the device. Raises ValueError for an odd order: its last term has the sign of a
-    reward for features that are all alike.
+    It waits for the device. Raises ValueError for an odd order: its last term, + tr(C^k) / k, is
+    largest if all features are alike.
     """
     if order % 2 or order < 2:
         raise ValueError(f"order should be even and positive, not {order}")
@@ -175,10 +175,9 @@ def moe_coding_length(
         L_moe = (m + d) / 2 sum_k n_k / m log det(I + 1 / (n_k eps_d^2) Z^T diag(pi_k) Z2)
         n_k = sum_j pi_jk
 
-    gates: pi, m x K, rows sum to 1. With one expert it is L(Z). With more, and one branch, it is a
-    lower bound of L(Z), so to maximise it is safe: log det is concave, and n_k / m are weights that
-    sum to 1 [choice]. We leave out the bits that name an image's expert. The K matrices are d x d
-    or, if smaller, m x m.
+    gates: pi, m x K, rows sum to 1. With one expert it is L(Z). With more, and one branch, it is at
+    most L(Z), because log det is concave: what raises it raises a lower bound of L(Z). We leave out
+    the bits that name an image's expert [choice]. The K matrices are d x d or, if smaller, m x m.
     """
     m, d = z.shape
     n = gates.sum(0).clamp_min(common.TINY)
