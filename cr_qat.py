@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 # What --recipe paper sets. CR's own settings are not known. PAPER has those of FPQ, by the same
-# authors, see fpq.py. GUESSES are ours [choice]; "ema" and "ramp_epochs" are after the mean teacher.
+# authors, see fpq.py. GUESSES are ours [choice], "ema" and "ramp_epochs" after the mean teacher.
 # For CIFAR-100 give --stem cifar.
 PAPER = {
     "model": "resnet18",
