@@ -1323,6 +1323,7 @@ def finish(
             "method": method,
             "acc": acc,
             "loss": loss,
+            "seconds_per_epoch": float(np.mean([row["seconds"] for row in checkpoint.history])),
             "history": checkpoint.history,
             "run": checkpoint.path.stem,
             **entries,

@@ -516,6 +516,7 @@ def test_rows_say_how_they_came_about(run, folder, tiny_networks):
         first, second = row["history"]
         assert first.keys() == {"epoch", "loss", "eval_loss", "acc", "seconds"}
         assert second["epoch"] == 2
+        assert 2 * row["seconds_per_epoch"] == first["seconds"] + second["seconds"]
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
