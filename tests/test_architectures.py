@@ -371,3 +371,8 @@ def test_loss_falls_on_one_batch(model, quantizer, bits, tiny_data):
     optimizer = common.sgd(student, 0.02, 0)
     losses = train(student, images, labels, optimizer, 30)
     assert losses[-1] < 0.8 * min(losses[0], 2.0)
+
+
+def test_a_quantized_network_is_not_quantized_again(calibrated):
+    with pytest.raises(ValueError, match="quantized already"):
+        quantize(calibrated, 4, 4)

@@ -3,9 +3,11 @@
 import copy
 import importlib
 import itertools
+import os
 import platform
 import re
 import shutil
+import subprocess
 import sys
 import time
 from argparse import Namespace
@@ -22,7 +24,7 @@ from PIL import Image
 from torch import nn
 
 import common
-from conftest import SHAPES, close, draw_shapes, first_step, load, same, tiny_network
+from conftest import ROOT, SHAPES, close, draw_shapes, first_step, load, same, tiny_network
 
 SCRIPTS = ["fpq", "cr_qat", "mec_quant", "flat_quant"]
 
@@ -592,3 +594,17 @@ def test_a_quantizer_is_no_method(script, run):
     name = "sgd" if script == "flat_quant" else "baseline"
     assert result.code == 2
     assert f"a --quantizer; training without a paper's method is {name} " in result.err
+
+
+def test_threads_spin_briefly_unless_the_user_says_otherwise():
+    """OpenMP reads the variable when torch is imported, so it is set before that."""
+    for given, expected in (({}, "10000"), ({"GOMP_SPINCOUNT": "7"}, "7")):
+        environment = {"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), **given}
+        code = ("import builtins, os, sys; load = builtins.__import__\n"
+                "def stop(name, *more): print(os.environ['GOMP_SPINCOUNT']); sys.exit()\n"
+                "builtins.__import__ = lambda name, *more: "
+                "stop(name) if name == 'torch' else load(name, *more)\n"
+                "import common")
+        done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True,
+                              text=True)
+        assert done.stdout == f"{expected}\n", done.stderr
