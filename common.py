@@ -952,8 +952,9 @@ def base_parser(description: str, methods: list[str], default: list[str]) -> Par
 
     parser = Parser(description=description, allow_abbrev=False)
     flag = parser.add_argument
-    flag("--method", nargs="+", type=method, choices=methods, default=default,
-         help=f"what to train, one after another (default: {' '.join(default)})")
+    flag("--method", nargs="+", type=method, choices=methods, default=default, metavar="METHOD",
+         help=f"what to train, one after another, of {', '.join(methods)} "
+              f"(default: {' '.join(default)})")
     flag("--ablate", action="store_true", help="train all methods")
     flag("--diagnose", action="store_true", help="print what the paper draws, as numbers")
     flag("--recipe", choices=["paper"],
@@ -991,7 +992,8 @@ def data_flags(parser: Parser) -> None:
 def network_flags(parser: Parser) -> None:
     """The network, its bits, and its training in full precision."""
     flag = parser.add_argument
-    flag("--model", choices=MODELS, default="resnet8", help="the network (default: resnet8)")
+    flag("--model", choices=MODELS, default="resnet8", metavar="MODEL",
+         help=f"the network, one of {', '.join(MODELS)} (default: resnet8)")
     flag("--depth", type=number(int, 1, 48), default=4, help="blocks of vit_tiny (default: 4)")
     flag("--stem", choices=["cifar", "imagenet"], default="cifar",
          help="first layers of the larger networks, for small (default) or large images")

@@ -243,7 +243,7 @@ def test_sensitivity_by_hand(tiny_data, place):
 
 
 def test_figures_of_an_epoch_by_hand(parse, tiny_data):
-    """The ratio of the gradients at the full weight, and the integers that the next step changes."""
+    """The ratio of the gradients, and the integers that the next step changes."""
     args = parse("cr_qat")
     student = student_of(tiny_network(), tiny_data)
     average = copy.deepcopy(student)
