@@ -176,8 +176,9 @@ def moe_coding_length(
         n_k = sum_j pi_jk
 
     gates: pi, m x K, rows sum to 1. With one expert it is L(Z). With more, and one branch, it is at
-    most L(Z), because log det is concave: what raises it raises a lower bound of L(Z). We leave out
-    the bits that name an image's expert [choice]. The K matrices are d x d or, if smaller, m x m.
+    most L(Z), because log det is concave: what raises it raises a lower bound of L(Z). That holds
+    for weights n_k / m, not for (n_k + d) / (m + d), the cost of K separate codes [choice]. We also
+    leave out the bits that name an image's expert [choice]. The K matrices are d x d or m x m.
     """
     m, d = z.shape
     n = gates.sum(0).clamp_min(common.TINY)
