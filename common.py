@@ -1352,17 +1352,14 @@ def record(args: argparse.Namespace, row: dict) -> None:
     }
     line = json.dumps(row | {"key": key}).encode() + b"\n"
     path = args.out / "results.jsonl"
-    with lock(path), open(path, "a+b", buffering=0) as file:
+    with lock(path), open(path, "a+b") as file:
         file.seek(0)
         before = file.read()
         if f'"key": {json.dumps(key)}}}\n'.encode() in before:  # at the end of a whole line
             return
         if before and not before.endswith(b"\n"):  # a line that was cut off stays alone
             line = b"\n" + line
-        written = file.write(line)
-        if written < len(line):
-            file.truncate(len(before))
-            raise OSError(f"{path}: disk full; free space, then add --resume")
+        file.write(line)
 
 
 def full_precision(args: argparse.Namespace, data: Data, seed: int) -> tuple[nn.Module, dict]:
@@ -1437,21 +1434,28 @@ def print_by_epoch(names: list[str], histories: list[list[dict]], key: str, cell
         print_row(rows[0]["epoch"], *cells)
 
 
-def print_table(rows: list[dict]) -> None:
-    """A row per method and bits: accuracy, and its difference to the baseline of the same seed."""
+def print_table(rows: list[dict], reference: str = "baseline", **figures: str) -> None:
+    """A row per method and bits: its figures, and their differences to `reference` by seed.
+
+    figures: {key in a row: heading}, by default the accuracy.
+    """
+    figures = figures or {"acc": "acc %"}
     first = rows[0]
     print(
         f"\n{first['dataset']}, {first['train_size']} training images, {first['model']}, "
         f"{rows[-1]['quantizer']}, {first['augment']}; {first['split']} accuracy"
     )
-    print(f"{'method':<24}{'W/A':<7}{'acc %':<16}{'vs baseline':<16}seeds    (± standard error)")
+    headings = "".join(f"{title:<16}{'vs ' + reference:<16}" for title in figures.values())
+    print(f"{'method':<24}{'W/A':<7}{headings}seeds    (± standard error)")
     groups = {}
     for row in rows:
         key = (row["method"], f"{row['wbits']}/{row['abits']}")
-        groups.setdefault(key, {})[row["seed"]] = row["acc"]
-    for (method, bits), accs in groups.items():
-        baseline = groups.get(("baseline", bits), {})
-        gains = [acc - baseline[seed] for seed, acc in accs.items() if seed in baseline]
-        gain = mean_and_error(gains, "+") if method != "baseline" else ""
-        acc = mean_and_error(list(accs.values()))
-        print(f"{method:<24}{bits:<7}{acc:<16}{gain:<16}{len(accs)}")
+        groups.setdefault(key, {})[row["seed"]] = row
+    for (method, bits), by_seed in groups.items():
+        theirs = groups.get((reference, bits), {}) if method != reference else {}
+        line = f"{method:<24}{bits:<7}"
+        for key in figures:
+            ours = {seed: row[key] for seed, row in by_seed.items() if key in row}
+            gains = [value - theirs[seed][key] for seed, value in ours.items() if seed in theirs]
+            line += f"{mean_and_error([*ours.values()]):<16}{mean_and_error(gains, '+'):<16}"
+        print(f"{line}{len(by_seed)}")

@@ -204,8 +204,8 @@ METHODS = {"baseline": baseline, "two-view": two_view, "pi": pi, "fp-teacher": f
 # ------------------------------------------------------------------------- images without a label
 
 
-def hide_labels(data: Data, count: int, seed: int) -> tuple[Data, Data]:
-    """Two data sets: `count` class-balanced images; all images, with -100 for the other labels.
+def hide_labels(data: Data, count: int, seed: int) -> Data:
+    """The same images, with labels for `count` class-balanced ones and -100 for the others.
 
     Raises UsageError for a bad count.
     """
@@ -214,11 +214,14 @@ def hide_labels(data: Data, count: int, seed: int) -> tuple[Data, Data]:
     keep = keep.to(data.train_labels.device)
     labels = torch.full_like(data.train_labels, -100)
     labels[keep] = data.train_labels[keep]
-    mark = f"{data.fingerprint}-{count}"
-    labelled = replace(
-        data, fingerprint=mark, train_labels=labels[keep], train_padded=data.train_padded[keep]
-    )
-    return labelled, replace(data, fingerprint=mark, train_labels=labels)
+    return replace(data, fingerprint=f"{data.fingerprint}-{count}", train_labels=labels)
+
+
+def labelled_images(data: Data) -> Data:
+    """The images of `data` that have labels."""
+    keep = data.train_labels >= 0
+    labels = data.train_labels[keep]
+    return replace(data, train_labels=labels, train_padded=data.train_padded[keep])
 
 
 def mixed_order(labels: Tensor, batch_size: int, draws: torch.Generator) -> Tensor:
@@ -237,8 +240,17 @@ def mixed_order(labels: Tensor, batch_size: int, draws: torch.Generator) -> Tens
     return torch.cat([known.reshape(steps, quarter), unknown[chosen]], 1).flatten()
 
 
-def epoch_batches(args: Namespace, data: Data, views: list[str], draws: torch.Generator):
+def views_of(args: Namespace, method: str) -> list[str]:
+    """How images are augmented: for the baseline; or for the student, then for the teacher."""
+    if method == "baseline":
+        return [args.augment]
+    asked = args.views or [args.augment]
+    return [asked[0], asked[-1]]
+
+
+def epoch_batches(args: Namespace, data: Data, method: str, draws: torch.Generator):
     """The batches of an epoch: (a list of the images in each view, labels)."""
+    views = views_of(args, method)
     order = None
     if args.labels:
         order = mixed_order(data.train_labels.cpu(), args.batch_size, draws)
@@ -250,19 +262,13 @@ def epoch_batches(args: Namespace, data: Data, views: list[str], draws: torch.Ge
 
 
 def train(
-    args: Namespace,
-    data: Data,
-    labelled: Data,
-    method: str,
-    seed: int,
-    network: nn.Module,
-    name: str | None = None,
+    args: Namespace, data: Data, method: str, seed: int, network: nn.Module, name: str = ""
 ) -> tuple[nn.Module, list[dict]]:
     """Returns (the quantized network, its rows of results).
 
-    Student and average start as quantized copies of `network`. labelled: the images of
-    `data` that have labels. name: of the run, by default the method.
+    Student and average start as quantized copies of `network`. name: of the run, if not the method.
     """
+    labelled = labelled_images(data)
     student = quantize(network, args.wbits, args.abits, args.quantizer)
     calibrate(student, labelled.sample(100)[0])
     average = copy.deepcopy(student)
@@ -271,8 +277,7 @@ def train(
     checkpoint = Checkpoint(
         args, labelled, name, seed, args.epochs, model=student, optimizer=optimizer, average=average
     )
-    asked = args.views or [args.augment]
-    views = [args.augment] if method == "baseline" else [asked[0], asked[-1]]
+    # With --labels, an epoch is one pass over the labelled images alone
     per_batch = args.batch_size // BATCH_PER_LABELLED if args.labels else args.batch_size
     steps = labelled.steps(per_batch)
     done = checkpoint.load()  # 0, unless there is a file of this run to go on from
@@ -282,7 +287,7 @@ def train(
         average.train()  # it normalises by its own batches [choice]
         draws = common.epoch_draws("training", seed, epoch)
         progress = Progress(f"{name:<9} seed {seed}  epoch {epoch + 1}/{args.epochs}", steps)
-        for i, (images, labels) in enumerate(epoch_batches(args, data, views, draws)):
+        for i, (images, labels) in enumerate(epoch_batches(args, data, method, draws)):
             step = epoch * steps + i
             # Learning rate: a cosine from --lr down to 0; the consistency term's weight: a ramp up
             common.set_rate(optimizer, args.lr * common.cosine(step, args.epochs * steps))
@@ -297,10 +302,8 @@ def train(
             ema_update(average, student, step, args.ema)
             progress.add(loss=loss)
         # With --diagnose, the epoch's figures
-        notes = {}
-        if args.diagnose:
-            batch = next(epoch_batches(args, data, views, torch.Generator().manual_seed(0)))
-            notes = figures_of_epoch(args, labelled, batch, checkpoint.parts, method, network)
+        run = checkpoint.parts
+        notes = figures_of_epoch(args, data, method, run, network) if args.diagnose else {}
         # Evaluation on some test images, checkpoint, a printed row
         common.end_epoch(checkpoint, progress, **notes)
     # New statistics for batch norm, evaluation on all test images, a line of results.jsonl
@@ -321,25 +324,26 @@ def weight_bins(model: nn.Module) -> Tensor:
 
 
 def figures_of_epoch(
-    args: Namespace, data: Data, batch: tuple, parts: dict, method: str, network: nn.Module
+    args: Namespace, data: Data, method: str, run: dict, network: nn.Module
 ) -> dict:
-    """What a step on `batch`, (views, labels), would do to the run, whose `parts` are copied.
+    """What another step would do. run: student, optimizer and average, of which we use copies.
 
     ratio: |gradient of the added term| / |gradient of the cross-entropy|, at the full weight; it is
     0 for methods without a term. trace: that of the Hessian, with its standard error. changed: the
     share of weights whose integer the step changes, without first and last layer.
     """
-    parts = copy.deepcopy(parts)  # all at once, so that the optimizer's copy has the student's copy
-    student = parts["model"]
-    arguments = (student, parts["average"], network, *batch)
+    run = copy.deepcopy(run)  # all at once, so that the optimizer's copy has the student's copy
+    student = run["model"]
+    batch = next(epoch_batches(args, data, method, torch.Generator().manual_seed(0)))
+    arguments = (student, run["average"], network, *batch)
     loss = METHODS[method](*arguments, 1.0, args)
     cross_entropy = METHODS[method](*arguments, 0.0, args)
     ratio = common.gradient_ratio(loss, cross_entropy, student)
-    trace = common.sharpness(student, data)
+    trace = common.sharpness(student, labelled_images(data))
     before = weight_bins(student)
-    parts["optimizer"].zero_grad()
+    run["optimizer"].zero_grad()
     loss.backward()
-    parts["optimizer"].step()
+    run["optimizer"].step()
     changed = (weight_bins(student) != before).float().mean().item()
     return {"ratio": ratio, "trace": trace, "changed": changed}
 
@@ -421,23 +425,23 @@ def main() -> None:
     rows = []
     for seed in args.seed:
         data = common.make_data(args, source, seed)
-        labelled = data
         if args.labels:
             count = min(args.labels, 32) if args.dry_run else args.labels
-            labelled, data = hide_labels(data, count, seed)
-        network, row = common.full_precision(args, labelled, seed)
+            data = hide_labels(data, count, seed)
+        network, row = common.full_precision(args, labelled_images(data), seed)
         rows.append(row)
         trained = {}
         for method in args.method:
-            trained[method] = train(args, data, labelled, method, seed, network)
+            trained[method] = train(args, data, method, seed, network)
             rows += trained[method][1]
+        asked = args.views
         for view in VIEWS if args.ablate_views else []:
-            asked = Namespace(**{**vars(args), "views": [view]})
-            rows += train(asked, data, labelled, "cr", seed, network, f"cr-{view}")[1]
-            args.epochs_left = asked.epochs_left
+            args.views = [view]
+            rows += train(args, data, "cr", seed, network, f"cr-{view}")[1]
+        args.views = asked
     common.print_table(rows)
     if args.diagnose:
-        diagnose(labelled, trained)
+        diagnose(data, trained)
 
 
 if __name__ == "__main__":

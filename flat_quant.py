@@ -437,36 +437,6 @@ def quantized_rows(args: Namespace, data: Data, network: nn.Module, row: dict) -
     return rows
 
 
-def print_ptq_table(rows: list[dict]) -> None:
-    """A row per network and bits: accuracy before PTQ, after it, and with new batch norm.
-
-    Differences are to the first method at the same bits and seed.
-    """
-    first = rows[0]
-    print(
-        f"\n{first['dataset']}, {first['train_size']} training images, {first['model']}, "
-        f"{first['augment']}; {first['split']} accuracy %, mean ± standard error"
-    )
-    print(
-        f"{'method':<22}{'W/A':<7}{'acc %':<15}{'vs ' + first['method']:<17}"
-        f"{'new batch norm':<15}{'vs ' + first['method']:<17}seeds"
-    )
-    groups = {}
-    for row in rows:
-        accs = (row["acc"], row.get("acc_batch_norm", row["acc"]))
-        key = (row["method"], f"{row['wbits']}/{row['abits']}")
-        groups.setdefault(key, {})[row["seed"]] = accs
-    for (method, bits), by_seed in groups.items():
-        line = f"{method:<22}{bits:<7}"
-        for figure in range(2):
-            reference = groups[first["method"], bits]
-            gains = [accs[figure] - reference[seed][figure] for seed, accs in by_seed.items()]
-            gain = "" if method == first["method"] else common.mean_and_error(gains, "+")
-            acc = common.mean_and_error([accs[figure] for accs in by_seed.values()])
-            line += f"{acc:<15}{gain:<17}"
-        print(f"{line}{len(by_seed)}")
-
-
 @torch.no_grad()
 def print_errors(args: Namespace, data: Data, network: nn.Module) -> None:
     """The decomposition per layer, and how far the errors are from independent Gaussians.
@@ -510,7 +480,7 @@ def main() -> None:
             after = quantized_rows(args, data, network, row)
             rows += [row, *after]
             last[name] = after[0]
-    print_ptq_table(rows)
+    common.print_table(rows, args.method[0], acc="acc %", acc_batch_norm="new batch norm")
     print("\nlast seed: points lost by PTQ, and flatness before it")
     common.print_row("drop", "trace", "± its error", "eigenvalue", "method")
     for name, after in last.items():

@@ -117,7 +117,10 @@ def csd_loss(student_feats: list[Tensor], teacher_feats: list[Tensor]) -> Tensor
     """
     distances = []
     for student, teacher in zip(student_feats, teacher_feats, strict=True):
-        distances.append(F.mse_loss(standardize(student), standardize(teacher)))
+        # The channel goes last, as in memory. In another order the loss takes half as long again.
+        student = standardize(student).movedim(1, -1)
+        teacher = standardize(teacher).movedim(1, -1)
+        distances.append(F.mse_loss(student, teacher))
     return torch.stack(distances).mean()  # Eq. 17
 
 

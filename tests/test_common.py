@@ -473,11 +473,10 @@ def test_methods_differ_and_at_strength_0_are_the_baseline(script, flags, zero, 
     """Bit for bit; none of them changes the full-precision network."""
     module = importlib.import_module(script)
     network = tiny_network()
-    data = [tiny_data] * (1 + (script == "cr_qat"))  # all images, and those with labels
 
     def trained(method, flags):  # 4 steps, as CR's average differs from the student after two
         args = parse(script, "--batch-size 16", flags)
-        return module.train(args, *data, method, 0, network)[0].state_dict()
+        return module.train(args, tiny_data, method, 0, network)[0].state_dict()
 
     states = {method: trained(method, flags) for method in module.METHODS}
     sums = {state["5.weight"].sum().item() for state in states.values()}
@@ -569,6 +568,13 @@ def test_the_table_pairs_seeds(capsys):
         "baseline | 2/2 | 81.00 ± 1.00 | 2",
         "fpq | 2/2 | 84.50 ± 2.84 | +0.75 ± 0.25 | 3",
         "fpq | 4/4 | 99.00 | 1"]
+    rows[3]["other"] = 5
+    rows[4]["other"] = 8
+    common.print_table(rows[:5], "fpq", other="another figure")
+    _, _, headings, *lines = capsys.readouterr().out.splitlines()
+    assert "another figure  vs fpq" in headings
+    assert [line.split() for line in lines[1:]] == [["baseline", "2/2", "2"],
+                                                    "fpq 2/2 6.50 ± 1.50 2".split()]
 
 
 # ----------------------------------------------------------------------------------- command line

@@ -71,7 +71,7 @@ def test_average_and_ramp_advance_with_every_step_of_all_epochs(
         cr_qat, "ema_update", lambda *call: updates.append(call[2:]))
     monkeypatch.setattr(
         cr_qat, "ramp_up", lambda *call: times.append(call) or 1)
-    cr_qat.train(args, tiny_data, tiny_data, "cr", 0, tiny_network())
+    cr_qat.train(args, tiny_data, "cr", 0, tiny_network())
     assert updates == [(i, 0.6) for i in range(4)]
     assert times == [(t, 2) for t in (0, 0.5, 1, 1.5)]
 
@@ -79,7 +79,7 @@ def test_average_and_ramp_advance_with_every_step_of_all_epochs(
 def test_after_one_step_the_average_is_the_student(parse, tiny_data):
     args = parse("cr_qat", "--ablate")
     args.batch_size = 64
-    _, rows = cr_qat.train(args, tiny_data, tiny_data, "cr", 0, tiny_network())
+    _, rows = cr_qat.train(args, tiny_data, "cr", 0, tiny_network())
     assert rows[0]["loss"] == pytest.approx(rows[1]["loss"], rel=1e-4)
 
 
@@ -101,19 +101,9 @@ def test_distort_adds_noise_or_shifts_colour_per_image():
     ("two-view", "--views flip", "flip flip"),
     ("cr", "--views flip crop+flip", "flip crop+flip"),
 ])
-def test_views_are_of_all_but_the_baseline_which_has_augment(
-        monkeypatch, parse, tiny_data, method, flags, views):
-    asked = []
-    batches = common.Data.batches
-
-    def watched(*call, **order):
-        asked.extend(call[3:])
-        return batches(*call, **order)
-
-    monkeypatch.setattr(common.Data, "batches", watched)
+def test_views_are_of_all_but_the_baseline_which_has_augment(parse, method, flags, views):
     args = parse("cr_qat", "--augment none", flags)
-    first_step(cr_qat.train, args, tiny_data, tiny_data, method, 0, tiny_network())
-    assert asked == views.split()
+    assert cr_qat.views_of(args, method) == views.split()
 
 
 @pytest.mark.usefixtures("tiny_networks")
@@ -124,7 +114,8 @@ def test_views_as_a_user_ablates_them(run):
 
 
 def test_hidden_labels_are_minus_100_and_the_others_balanced(tiny_data):
-    labelled, data = cr_qat.hide_labels(tiny_data, 20, seed=0)
+    data = cr_qat.hide_labels(tiny_data, 20, seed=0)
+    labelled = cr_qat.labelled_images(data)
     assert labelled.train_labels.bincount().tolist() == [2] * 10
     known = data.train_labels >= 0
     expected = torch.where(known, tiny_data.train_labels, -100)
@@ -150,7 +141,7 @@ def test_a_quarter_of_each_batch_is_labelled(size, steps):
 @pytest.mark.usefixtures("tiny_networks")
 def test_hidden_labels_are_never_used(monkeypatch, run, tiny_data, tmp_path):
     """Wrong ones change nothing, from full precision to figures and results."""
-    hidden = cr_qat.hide_labels(tiny_data, 20, seed=0)[1].train_labels < 0
+    hidden = cr_qat.hide_labels(tiny_data, 20, seed=0).train_labels < 0
     known = (~hidden).nonzero().flatten()
     monkeypatch.setattr(common, "split", lambda *_: [known])
     flags = "--ablate --diagnose --labels 20 --out"
@@ -177,12 +168,10 @@ def test_first_step_by_hand(parse, tiny_data, method, labels):
         "--views crop+flip+noise crop+flip+colour",
     )
     args.labels = labels
-    data = tiny_data
-    labelled = tiny_data
-    if labels:
-        labelled, data = cr_qat.hide_labels(tiny_data, labels, 0)
+    data = cr_qat.hide_labels(tiny_data, labels, 0) if labels else tiny_data
+    labelled = cr_qat.labelled_images(data)
     network = tiny_network()
-    seen = first_step(cr_qat.train, args, data, labelled, method, 0, network)
+    seen = first_step(cr_qat.train, args, data, method, 0, network)
     student = student_of(network, labelled, 3, 2, "pact")
     draws = common.epoch_draws("training", 0, 0)
     order = None
@@ -248,11 +237,11 @@ def test_figures_of_an_epoch_by_hand(parse, tiny_data):
     student = student_of(tiny_network(), tiny_data)
     average = copy.deepcopy(student)
     optimizer = common.sgd(student, 1.0, 0)
-    parts = {"model": student, "average": average, "optimizer": optimizer}
-    views = ["flip", "none"]
+    run = {"model": student, "average": average, "optimizer": optimizer}
+    args.views = ["flip", "none"]
     draws = torch.Generator().manual_seed(0)
-    batch = next(cr_qat.epoch_batches(args, tiny_data, views, draws))
-    found = cr_qat.figures_of_epoch(args, tiny_data, batch, parts, "cr", None)
+    batch = next(cr_qat.epoch_batches(args, tiny_data, "cr", draws))
+    found = cr_qat.figures_of_epoch(args, tiny_data, "cr", run, None)
     own = cr_qat.baseline(student, average, None, *batch, 1.0, args)
     loss = cr_qat.cr(student, average, None, *batch, 1.0, args)
     ratio = common.gradient_ratio(loss, own, student)
