@@ -187,7 +187,8 @@ class Quantizer(nn.Module):
         fractions = torch.arange(candidates, 0, -1, device=x.device) / candidates
         errors = []
         for a in fractions:
-            x_hat = fake_quantize(rows, (a * S)[:, None], z[:, None], 0, self.qmax)
+            s = (a * S)[:, None]
+            x_hat = fake_quantize(rows, s, z[:, None], 0, self.qmax)
             errors.append((x_hat - rows).square().sum(1))
         best = fractions[torch.stack(errors).argmin(0)]
         self.step_size.copy_((best * S).reshape_as(self.step_size))
@@ -325,7 +326,8 @@ def feature_layers(model: nn.Module) -> list[nn.Module]:
 def layer_bits(model: nn.Module, bits: int) -> dict[str, int]:
     """{layer: bits}: 8 for the first and the last one defined, as in the paper; else `bits`."""
     names = list(weight_layers(model))
-    return {name: 8 if name in (names[0], names[-1]) else bits for name in names}
+    ends = (names[0], names[-1])
+    return {name: 8 if name in ends else bits for name in names}
 
 
 def quantizers_of(model: nn.Module) -> dict[str, Quantizer]:
@@ -486,7 +488,8 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, *_, **__) -> tuple[Tensor, None]:
         qkv = self.qkv(x).unflatten(2, (3, self.heads, -1))
         q, k, v = qkv.permute(2, 0, 3, 1, 4)
-        scores = self.scores(q, k.transpose(2, 3)) * q.shape[3] ** -0.5
+        scale = q.shape[3] ** -0.5
+        scores = self.scores(q, k.transpose(2, 3)) * scale
         mixed = self.mix(scores.softmax(3), v)
         return self.proj(mixed.transpose(1, 2).flatten(2)), None
 
@@ -534,7 +537,8 @@ class UsageError(Exception):
 
 def hashed(*key) -> int:
     """A number of 32 bits that stands for `key`: a seed, or a part of a file's name."""
-    return int(hashlib.sha256(repr(key).encode()).hexdigest()[:8], 16)
+    digest = hashlib.sha256(repr(key).encode()).hexdigest()
+    return int(digest[:8], 16)
 
 
 @dataclass
@@ -705,7 +709,9 @@ def read_cifar(data_dir: Path, name: str) -> tuple:
             f"{name} cannot be read from {data_dir} or downloaded ({error}); try "
             "--dataset shapes, which needs no download"
         ) from None
-    arrays = [torch.as_tensor(a) for a in (train.data, train.targets, test.data, test.targets)]
+    arrays = []
+    for part in (train, test):
+        arrays += [torch.as_tensor(part.data), torch.as_tensor(part.targets)]
     return name, train.classes, *arrays
 
 
@@ -757,8 +763,10 @@ def read_folder(data_dir: Path, cache_dir: Path) -> tuple:
     files = [file for folder in folders for file in folder.rglob("*") if file.is_file()]
     if len(files) > len(paths):
         say(f"{len(files) - len(paths)} of {len(files)} files are skipped: no images, or hidden")
-    stats = [path.stat() for path in paths]
-    stamps = [(str(p), stat.st_size, stat.st_mtime_ns) for p, stat in zip(paths, stats)]
+    stamps = []
+    for path in paths:
+        stat = path.stat()
+        stamps.append((str(path), stat.st_size, stat.st_mtime_ns))
     cache = cache_dir / f"images-{hashed(stamps):08x}.npy"
     if cache.exists():
         try:
@@ -851,7 +859,8 @@ def hessian_trace(
         v = 2 * torch.zeros_like(gradient).bernoulli_(0.5, generator=generator) - 1
         samples.append(v @ gradient_of(gradient @ v, params, retain_graph=True))
     samples = torch.stack(samples)
-    return samples.mean().item(), samples.std().item() / math.sqrt(probes)
+    error = samples.std() / math.sqrt(probes)
+    return samples.mean().item(), error.item()
 
 
 def hessian_top_eigenvalue(
@@ -1375,7 +1384,8 @@ def full_precision(args: argparse.Namespace, data: Data, seed: int) -> tuple[nn.
         model.train()
         draws = epoch_draws("full precision", seed, epoch)
         progress = Progress(f"full precision  seed {seed}  epoch {epoch + 1}", steps)
-        for i, (images, labels) in enumerate(data.batches(flags.batch_size, draws, flags.augment)):
+        batches = data.batches(flags.batch_size, draws, flags.augment)
+        for i, (images, labels) in enumerate(batches):
             # Learning rate: up for a tenth of the steps, then a cosine down to 0 [choice]
             share = cosine(epoch * steps + i, flags.fp_epochs * steps, warmup=0.1)
             set_rate(optimizer, optimizer.defaults["lr"] * share)

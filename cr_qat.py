@@ -110,7 +110,7 @@ def consistency_loss(
 def ramp_up(t: float, length: float) -> float:
     """The share of lambda at time t, both in epochs: it rises from exp(-5) at 0 to 1 at `length`.
 
-        exp(-5 (1 - min(t / length, 1))^2)
+    exp(-5 (1 - min(t / length, 1))^2)
     """
     if length == 0:
         return 1.0
@@ -198,7 +198,13 @@ def cr(student, average, network, views, labels, ramp, args):
     return consistent(student, average, views, labels, ramp, args)
 
 
-METHODS = {"baseline": baseline, "two-view": two_view, "pi": pi, "fp-teacher": fp_teacher, "cr": cr}
+METHODS = {
+    "baseline": baseline,
+    "two-view": two_view,
+    "pi": pi,
+    "fp-teacher": fp_teacher,
+    "cr": cr,
+}
 
 
 # ------------------------------------------------------------------------- images without a label
@@ -287,7 +293,8 @@ def train(
         average.train()  # it normalises by its own batches [choice]
         draws = common.epoch_draws("training", seed, epoch)
         progress = Progress(f"{name:<9} seed {seed}  epoch {epoch + 1}/{args.epochs}", steps)
-        for i, (images, labels) in enumerate(epoch_batches(args, data, method, draws)):
+        batches = epoch_batches(args, data, method, draws)
+        for i, (images, labels) in enumerate(batches):
             step = epoch * steps + i
             # Learning rate: a cosine from --lr down to 0; the consistency term's weight: a ramp up
             common.set_rate(optimizer, args.lr * common.cosine(step, args.epochs * steps))

@@ -368,7 +368,8 @@ def train(args: Namespace, data: Data, method: str, seed: int) -> dict[str, tupl
             weight_noise.measure()
         if method in ACTIVATION_NOISES:
             activation_noise.measure(data.sample(100)[0])
-        for i, (images, labels) in enumerate(data.batches(args.batch_size, draws, args.augment)):
+        batches = data.batches(args.batch_size, draws, args.augment)
+        for i, (images, labels) in enumerate(batches):
             step = epoch * steps + i
             # Learning rate, and strength of the noise: lambda, after a linear ramp
             common.set_rate(optimizer, optimizer.defaults["lr"] * learning_rate(args, step, total))

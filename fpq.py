@@ -264,7 +264,8 @@ def train(
         # Random numbers: torch's own generator for the noise, `draws` for the batches
         draws = common.epoch_draws("training", seed, epoch)
         progress = Progress(f"{method:<9} seed {seed}  epoch {epoch + 1}/{args.epochs}", steps)
-        for i, (images, labels) in enumerate(data.batches(args.batch_size, draws, args.augment)):
+        batches = data.batches(args.batch_size, draws, args.augment)
+        for i, (images, labels) in enumerate(batches):
             # Learning rate: a cosine from --lr down to 0
             rate = args.lr * common.cosine(epoch * steps + i, args.epochs * steps)
             common.set_rate(optimizer, rate)

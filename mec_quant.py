@@ -49,7 +49,13 @@ PAPER = {
     "epochs": 200,
     "weight_decay": 5e-4,
 }
-GUESSES = {"stem": "imagenet", "fp_epochs": 200, "fp_lr": 0.1, "fp_weight_decay": 5e-4, "pad": 4}
+GUESSES = {
+    "stem": "imagenet",
+    "fp_epochs": 200,
+    "fp_lr": 0.1,
+    "fp_weight_decay": 5e-4,
+    "pad": 4,
+}
 SERIES_ORDER = 4  # that of Liu et al., which --diagnose compares with the exact value
 
 
@@ -167,9 +173,7 @@ def series_converges(c: Tensor, order: int) -> bool:
     return norm < 1
 
 
-def moe_coding_length(
-    z: Tensor, gates: Tensor, *, eps2: float, z2: Tensor | None = None
-) -> Tensor:
+def moe_coding_length(z: Tensor, gates: Tensor, *, eps2: float, z2: Tensor | None = None) -> Tensor:
     """L_moe: a mixture of K experts, each of which codes its share of the rows.
 
         L_moe = (m + d) / 2 sum_k n_k / m log det(I + 1 / (n_k eps_d^2) Z^T diag(pi_k) Z2)
@@ -316,7 +320,8 @@ def train(
         student.train()
         draws = common.epoch_draws("training", seed, epoch)
         progress = Progress(f"{method:<9} seed {seed}  epoch {epoch + 1}/{args.epochs}", steps)
-        for i, (images, labels) in enumerate(data.batches(args.batch_size, draws, args.augment)):
+        batches = data.batches(args.batch_size, draws, args.augment)
+        for i, (images, labels) in enumerate(batches):
             # Learning rate: a cosine from --lr down to 0
             rate = args.lr * common.cosine(epoch * steps + i, args.epochs * steps)
             common.set_rate(optimizer, rate)
