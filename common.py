@@ -1,7 +1,7 @@
 """What the four scripts share: quantizers, networks, data, flatness, runs.
 
-Equation numbers are those of FPQ (arXiv 2503.11159), whose quantizers all four scripts use.
-[choice] marks a decision of ours.
+"The paper" is that of FPQ, feature-perturbed quantization (arXiv 2503.11159). All four scripts use
+its quantizers; equation numbers are its own. [choice] marks a decision of ours.
 
     1. Quantizers    what a reader of a paper needs: fake_quantize, Quantizer, quantize, calibrate
     2. Networks      build_model
@@ -67,8 +67,10 @@ def fake_quantize(
         x_int = clip(round(x/s) + z, q_min, q_max)
         x_hat = (x_int - z) * s
 
-    The straight-through estimator takes the derivative of rounding as 1. An x is inside the grid if
-    q_min < x/s + z < q_max, which is asked before rounding.
+    The grid is the set of values that x_hat can take. We say that x lies inside the grid if
+    q_min < x/s + z < q_max. The straight-through estimator takes the derivative of rounding as 1.
+    Inside, x_hat is s round(x/s), so the product rule gives round(x/s) + s (-x/s^2) for its
+    derivative in s.
 
         dx_hat/dx = 1                   inside
         dx_hat/dx = 0                   outside
@@ -81,7 +83,11 @@ def fake_quantize(
 
 
 class FakeQuantize(torch.autograd.Function):
-    """Forward and backward of `fake_quantize`. Autograd can differentiate both, for a Hessian."""
+    """Forward and backward of `fake_quantize`.
+
+    Autograd can differentiate the backward pass as well, for a Hessian: torch keeps the saved
+    tensors, x_hat too, connected to their inputs.
+    """
 
     @staticmethod
     def forward(ctx, x, step_size, zero_point, qmin, qmax, grad_scale):
@@ -96,7 +102,7 @@ class FakeQuantize(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         x, x_hat, step_size, zero_point = ctx.saved_tensors
-        # grad * dx_hat/dx: grad inside and 0 outside, as in the backward pass of a hard tanh
+        # grad * dx_hat/dx: grad inside, 0 outside and on the bounds, as for a hard tanh
         v = (x / step_size).add_(zero_point)
         grad_x = torch.ops.aten.hardtanh_backward(grad, v, ctx.qmin, ctx.qmax)
         # grad * dx_hat/ds: grad (x_hat - x) / s inside; grad x_hat / s outside, where grad_x is 0
@@ -109,7 +115,8 @@ class Quantizer(nn.Module):
 
     One pair serves the whole tensor or, with `channels`, each channel (dim 0): the paper has one
     for each output channel of a weight and one for all activations of a layer. Step size and zero
-    point are NaN until `calibrate`. Of the step size only the magnitude counts.
+    point are NaN until `calibrate`. If training makes a step size negative, its absolute value is
+    used.
 
     At 8 bits the step size is a buffer and stays as calibrated [choice]. With LSQ's gradient it
     moves too fast: in our trials it grew ninefold. Raises ValueError if bits are not from 1 to 8
@@ -149,9 +156,10 @@ class Quantizer(nn.Module):
     def grad_scale(self, x: Tensor) -> float:
         """LSQ's 1 / sqrt(N q_max), where N elements of x share a step size.
 
-        For activations N counts the whole batch, as in MQBench, the library that the papers build
-        on. LSQ's text counts one image [choice]. For weights q_max is 2^bits - 1 as well, because
-        our grid is not LSQ's signed one [choice].
+        The gradient of s is a sum over N elements. Without this factor a step size would move much
+        faster, relative to its size, than weights do. For activations N counts the whole batch, as
+        in MQBench, the library that the papers build on; LSQ's text counts one image [choice]. For
+        weights LSQ has q_max = 2^(bits - 1) - 1, as its grid is signed; ours is not [choice].
         """
         sharing = max(1, x.numel() // self.step_size.numel())
         return (sharing * self.qmax) ** -0.5
@@ -168,18 +176,20 @@ class Quantizer(nn.Module):
             z = round(q_max - x_max / S)               Eq. 5
 
         The paper has a = 1. We try `candidates` values, a = 1, 0.99, 0.98, ..., and take the one
-        with the least squared error [choice]. S and z stay, so that the grid shrinks around 0. The
-        range always holds 0 [choice], so that padding and the zeros of a ReLU stay exact.
+        with the least squared error [choice]. z is the same for each a, so a smaller a shrinks the
+        grid around 0. The range always holds 0 [choice], so that padding and the zeros of a ReLU
+        stay exact.
         """
         rows = spaced_values(x, self.channels or 1)
         low = rows.amin(1).clamp_max(0)
         high = rows.amax(1).clamp_min(0)
-        # A channel of zeros gets as wide a range as the widest channel has, below 0 at first.
+        # A channel of zeros has no range. It gets that of the widest channel, from -widest to 0.
         width = high - low
         widest = width.max() if width.max() > TINY else 1
         low = torch.where(width > TINY, low, -widest)
-        # If nothing is above 0, we add one level there, so that z = q_max - 1. With z = q_max an x
-        # of 0 would be on the upper bound, where it has no gradient, and it could never grow.
+        # Where nothing is above 0, we add one level there, so that z = q_max - 1. With z = q_max a
+        # weight of 0 would be on the upper bound, have no gradient, and never grow. (On the lower
+        # bound, z = 0, are the zeros of a ReLU. They have no gradient anyway.)
         if self.bits > 1:
             high = torch.where(high > 0, high, -low / (self.qmax - 1))
         S = (high - low) / self.qmax  # Eq. 4
@@ -187,8 +197,8 @@ class Quantizer(nn.Module):
         fractions = torch.arange(candidates, 0, -1, device=x.device) / candidates
         errors = []
         for a in fractions:
-            s = (a * S)[:, None]
-            x_hat = fake_quantize(rows, s, z[:, None], 0, self.qmax)
+            s = a * S
+            x_hat = fake_quantize(rows, s[:, None], z[:, None], 0, self.qmax)
             errors.append((x_hat - rows).square().sum(1))
         best = fractions[torch.stack(errors).argmin(0)]
         self.step_size.copy_((best * S).reshape_as(self.step_size))
@@ -238,9 +248,10 @@ class PACT(Quantizer):
         x_hat = round(clip(x, 0, alpha) / s) * s,   s = alpha / n,   n = q_max - z
         dx_hat/dalpha = 1 where x >= alpha, else 0
 
-    The parameter is s, not alpha. We divide its gradient, n dL/dalpha, by n^2, so that alpha = n s
-    moves as if it were the parameter, by the learning rate times dL/dalpha. alpha starts where
-    LSQ's grid ends. If the data are signed, we clip at -z s as well [choices].
+    The parameter is s, not alpha. Its gradient is n dL/dalpha, which we divide by n^2. Then a step
+    at rate lr moves s by -lr dL/dalpha / n, and so alpha = n s by -lr dL/dalpha, as if alpha were
+    the parameter. alpha starts where LSQ's grid ends. If the data are signed, we clip at -z s as
+    well [choices].
     """
 
     decays = True  # as in PACT's paper: weight decay keeps alpha, and so the rounding error, small
@@ -249,7 +260,7 @@ class PACT(Quantizer):
         with torch.no_grad():
             x_hat = super().forward(x)
         step_size, zero_point = self.grid(x)
-        n = (self.qmax - zero_point).clamp_min(1)
+        n = (self.qmax - zero_point).clamp_min(1)  # it may be 0 with a single bit
         step_size = scale_gradient(step_size, n**-2)
         low = -zero_point * step_size
         alpha = n * step_size
@@ -337,11 +348,12 @@ def quantizers_of(model: nn.Module) -> dict[str, Quantizer]:
 def quantize(model: nn.Module, wbits: int, abits: int, quantizer: str = "lsq") -> nn.Module:
     """A copy of `model` whose Conv2d, Linear and `Product` modules quantize both factors.
 
-    The first and the last layer in order of definition get 8 bits. Call `calibrate` next. A layer
-    stays in full precision if its padding is not zeros, or if its weight is computed in each pass,
-    as by weight_norm, spectral_norm and pruning. A warning names each parameter of two or more
-    dimensions that stays in full precision. Raises ValueError if `model`
-    is quantized already.
+    The first and the last layer in order of definition get 8 bits. Call `calibrate` next.
+
+    Three kinds of layers stay in full precision: with padding other than zeros; of a class derived
+    from Conv2d or Linear, which may compute something else; and with a weight that each pass
+    computes, as by weight_norm, spectral_norm and pruning. A warning names each parameter of two or
+    more dimensions that stays in full precision. Raises ValueError if `model` is quantized already.
     """
     if quantizers_of(model):
         raise ValueError("the network is quantized already")
@@ -360,7 +372,8 @@ def quantize(model: nn.Module, wbits: int, abits: int, quantizer: str = "lsq") -
         if own_weight and getattr(layer, "padding_mode", "zeros") == "zeros":
             new = QuantLayer(layer, weight_bits[name], input_bits[name], quantizer)
             quantized[layer] = new.to(layer.weight)
-    for name, module in list(model.named_modules(remove_duplicate=False)):  # two names, perhaps
+    # A module that is stored under two names is replaced under both
+    for name, module in list(model.named_modules(remove_duplicate=False)):
         if isinstance(module, Product):
             like = next(model.parameters())
             module.a_quantizer = QUANTIZERS[quantizer](abits).to(like)
@@ -392,7 +405,8 @@ def calibrate(
     """
     if len(images) == 0:
         raise ValueError("calibration: there are no images")
-    # A copy makes the pass, which moves running statistics. We keep the copy's quantizers alone.
+    # A pass changes running statistics. So a copy makes it, and only its quantizers' values are
+    # copied back.
     probe = copy.deepcopy(qmodel).eval()
     for module in probe.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
@@ -466,7 +480,8 @@ def mobilenet_v1(classes: int, stem: str) -> nn.Module:
     layers = [Conv2dNormActivation(3, 32, 3, stride=1 if stem == "cifar" else 2)]
     inputs = 32
     for outputs in [64, 128, 128, 256, 256, *[512] * 6, 1024, 1024]:
-        stride = 2 if outputs > inputs > 32 else 1
+        widens = outputs > inputs and inputs > 32  # all but the first block that doubles the width
+        stride = 2 if widens else 1
         layers.append(Conv2dNormActivation(inputs, inputs, 3, stride, groups=inputs))
         layers.append(Conv2dNormActivation(inputs, outputs, 1))
         inputs = outputs
@@ -507,8 +522,16 @@ def build_model(name: str, classes: int, depth: int = 4, stem: str = "cifar") ->
         return cifar_resnet(3, classes)
     if name == "mobilenet_v1":
         return mobilenet_v1(classes, stem)
-    if name == "vit_tiny":  # patches of 4 x 4; width and heads as in DeiT-Ti
-        model = torchvision.models.VisionTransformer(32, 4, depth, 3, 192, 768, num_classes=classes)
+    if name == "vit_tiny":  # width and heads as in DeiT-Ti
+        model = torchvision.models.VisionTransformer(
+            image_size=32,
+            patch_size=4,
+            num_layers=depth,
+            num_heads=3,
+            hidden_dim=192,
+            mlp_dim=768,
+            num_classes=classes,
+        )
         for block in model.encoder.layers:
             block.self_attention = Attention(192, 3)
         return model
@@ -516,7 +539,7 @@ def build_model(name: str, classes: int, depth: int = 4, stem: str = "cifar") ->
         model = torchvision.models.mobilenet_v2(num_classes=classes, dropout=0.0)
         if stem == "cifar":
             model.features[0][0].stride = (1, 1)
-            model.features[2].conv[1][0].stride = (1, 1)
+            model.features[2].conv[1][0].stride = (1, 1)  # of the first block that has a stride
         return model
     # With "cifar", residual blocks start as the identity [choice]; else a ResNet-50 diverges early.
     model = torchvision.models.get_model(
@@ -545,8 +568,9 @@ def hashed(*key) -> int:
 class Data:
     """A data set, whole on one device. Images are uint8, N x 32 x 32 x 3; labels are int64, N.
 
-    Training images have `pad` black pixels on each side. test_images are held-out training images
-    with --val, and `split` says so. fingerprint: checksum of all pixels and labels in use.
+    Training images have `pad` black pixels on each side. With --val, test_images are held-out
+    training images; the field `split` says which, "test" or "val". fingerprint: a checksum of all
+    pixels and labels in use.
     """
 
     name: str
@@ -603,7 +627,8 @@ class Data:
         line = torch.arange(32, device=index.device)
         rows = row + line[:, None]  # N x 32 x 1
         columns = column + torch.where(flip > 0, 31 - line, line)  # N x 1 x 32
-        return self.normalize(self.train_padded[index[:, None, None], rows, columns])
+        pixels = self.train_padded[index[:, None, None], rows, columns]  # N x 32 x 32 x 3
+        return self.normalize(pixels)
 
     def sample(self, count: int) -> tuple[Tensor, Tensor]:
         """`count` fixed random training images, not augmented, and labels: for calibration."""
@@ -643,23 +668,33 @@ def make_data(args: argparse.Namespace, images: tuple, seed: int) -> Data:
     tensors = [x, y, test_x, test_y]
     if args.dry_run:  # 64 to 127 images, evenly spaced as they may be sorted by class
         tensors = [tensor[:: max(1, len(tensor) // 64)] for tensor in tensors]
+    x, y, test_x, test_y = tensors
     fingerprint = 0
     for tensor in tensors:
         fingerprint = zlib.crc32(tensor.contiguous().numpy(), fingerprint)
-    x = tensors[0]
     pixels = x[:: 1 + len(x) // 10_000].flatten(0, 2)
     pixels = pixels.float().div(255)
-    tensors[0] = F.pad(x, (0, 0, *[args.pad] * 4))
-    tensors += [pixels.mean(0), pixels.std(0).clamp_min(1e-3)]
-    tensors = [tensor.to(args.device) for tensor in tensors]
-    return Data(name, class_names, *tensors, args.pad, "val" if args.val else "test", fingerprint)
+    return Data(
+        name=name,
+        class_names=class_names,
+        train_padded=F.pad(x, (0, 0, *[args.pad] * 4)).to(args.device),  # rows and columns
+        train_labels=y.to(args.device),
+        test_images=test_x.to(args.device),
+        test_labels=test_y.to(args.device),
+        mean=pixels.mean(0).to(args.device),
+        std=pixels.std(0).clamp_min(1e-3).to(args.device),
+        pad=args.pad,
+        split="val" if args.val else "test",
+        fingerprint=fingerprint,
+    )
 
 
 def split(x: Tensor, y: Tensor, size: int, seed: int, flag: str) -> tuple:
     """`size` random images and labels, as class-balanced as the data allows, and the others.
 
-    The first lot is to train on or, if `flag` is "--val", to evaluate on. Raises UsageError for a
-    bad size, or if a class has no image left to train on.
+    flag: which flag asks for it. "--val" evaluates on the first lot and trains on the others; all
+    other flags train on the first lot. Raises UsageError for a bad size, or if a class has no image
+    left to train on.
     """
     classes = int(y.max()) + 1
     if not classes <= size < len(y):
@@ -668,11 +703,14 @@ def split(x: Tensor, y: Tensor, size: int, seed: int, flag: str) -> tuple:
             f"{len(y) - 1}, all training images but one"
         )
     order = torch.randperm(len(y), generator=torch.Generator().manual_seed(seed))
-    by_class = order[y[order].argsort(stable=True)]  # in random order within each class
+    by_class = order[y[order].argsort(stable=True)].split(y.bincount().tolist())
+    rank = torch.empty_like(y)  # the place of an image in its class
+    for own in by_class:  # the indices of a class, in random order
+        rank[own] = torch.arange(len(own))
     # Take the first image of every class, then the second of every class, until there are `size`
-    rank = torch.cat([torch.arange(count) for count in y.bincount().tolist()])
+    taken = rank.argsort(stable=True)[:size]
     picked = torch.zeros_like(y, dtype=torch.bool)
-    picked[by_class[rank.argsort(stable=True)[:size]]] = True
+    picked[taken] = True
     training = y[~picked] if flag == "--val" else y[picked]
     missing = classes - len(training.unique())
     if missing:
@@ -739,7 +777,7 @@ def read_image(path: str) -> np.ndarray:
     """An image as uint8, 32 x 32 x 3, turned as its EXIF data say."""
     try:
         with Image.open(path) as image:
-            if image.mode[0] in "IF":  # PIL would clip these silently
+            if image.mode.startswith(("I", "F")):  # 16 or 32 bits; PIL would clip them silently
                 raise ValueError("it has more than 8 bits per channel")
             return np.asarray(ImageOps.exif_transpose(image).convert("RGB").resize((32, 32)))
     except Exception as error:  # PIL raises many kinds for a damaged image
@@ -848,8 +886,9 @@ def hessian_trace(
 ) -> tuple[float, float]:
     """Hutchinson's estimate of the trace of the Hessian H, and its standard error.
 
-    H is the Hessian of loss_fn() with respect to all entries of `params`. For a quantized network
-    it is the derivative of the straight-through gradient [choice]. The estimate is the mean of v.Hv
+    H is the Hessian of loss_fn() with respect to all entries of `params`. A quantized network is
+    piecewise constant, so its own Hessian says nothing. There we take the derivative of the
+    straight-through gradient instead [choice]. The estimate is the mean of v.Hv
     over random vectors v of entries -1 and 1; probes: how many, at least 2. generator: on the
     device of `params`.
     """
@@ -878,8 +917,8 @@ def hessian_top_eigenvalue(
 def sharpness(model: nn.Module, data: Data, probes: int = 4, iters: int = 0) -> list[float]:
     """[trace, its standard error] of the loss's Hessian with respect to the layers' weights.
 
-    FPQ's noise acts on features, but its Fig. 5 shows this trace. With iters > 0 the top eigenvalue
-    is the third entry. Loss and batch norm's statistics are of 256 training images [choice]. Works
+    This is the trace of the paper's Fig. 5. With iters > 0 the top eigenvalue is the third entry.
+    Loss and batch norm's statistics are of 256 training images [choice]. Works
     on a copy of `model`.
     """
     images, labels = data.sample(256)
@@ -899,7 +938,9 @@ def sharpness(model: nn.Module, data: Data, probes: int = 4, iters: int = 0) -> 
 
 
 def gradient_ratio(loss: Tensor, cross_entropy: Tensor, model: nn.Module) -> float:
-    """How strong the added term is: |grad (loss - cross_entropy)| / |grad cross_entropy|.
+    """How strong a term is that a method adds to the cross-entropy:
+
+        |grad (loss - cross_entropy)| / |grad cross_entropy|
 
     The gradients are with respect to the weights of all layers.
     """
@@ -1176,8 +1217,9 @@ class Progress:
 
 # What full precision depends on, so that all scripts and methods can share one network.
 FP_FLAGS = "model depth stem augment pad batch_size fp_epochs fp_lr fp_weight_decay".split()
-# Flags that do not shape training, or only through others: wbits and abits hold `bits`, and
-# `Checkpoint.settings` has entries of its own for the data and the run's one seed.
+# Flags, of any script, that are not in the settings of a run. Most do not shape training. The
+# others do so through an entry that is there: `bits` through wbits and abits, dataset, train_size
+# and val through the checksum of the data, seed and method through those of the run.
 NOT_SHAPING = (
     "out data_dir dataset train_size val device recipe bits seed method ablate ablate_views "
     "diagnose more_bits resume dry_run script command epochs_left"
@@ -1188,9 +1230,10 @@ class Checkpoint:
     """One training run in one file, written whole after each epoch.
 
     `parts` are all that training changes, "model" and "optimizer" at least. `settings` are method,
-    seed, a checksum of the data, and flags: all that are not in NOT_SHAPING or, for the shared full
-    precision, those in FP_FLAGS. The file's name ends in a hash of the settings, so that runs of
-    other settings have other files. Code is not among them: after a change, delete old files.
+    seed, a checksum of the data, and all flags but those in NOT_SHAPING. For full precision, which
+    all methods and scripts share, only the flags in FP_FLAGS count. The file's name ends in a hash
+    of the settings, so that runs of other settings have other files. Code is not among them: after
+    a change of code, delete old files.
     """
 
     def __init__(self, args, data, method, seed, epochs, shared=False, **parts):
@@ -1288,7 +1331,7 @@ def end_epoch(checkpoint: Checkpoint, progress: Progress, **notes) -> None:
     data = checkpoint.data
     means = progress.means()  # waits for the device, once per epoch
     seconds = time.perf_counter() - progress.started
-    every = 1 + len(data.test_labels) // 2500  # a row by epoch need not see all images
+    every = 1 + len(data.test_labels) // 2500  # at most 2,500 images, to be quick
     acc, loss = evaluate(checkpoint.parts["model"], data, every)
     epoch = len(checkpoint.history) + 1
     if not all(math.isfinite(value) for value in (loss, *means.values())):
@@ -1310,16 +1353,17 @@ def end_epoch(checkpoint: Checkpoint, progress: Progress, **notes) -> None:
 def finish(
     checkpoint: Checkpoint, model: nn.Module | None = None, method: str | None = None, **entries
 ) -> dict:
-    """Evaluate the network, or `model`, on all test images; write and return a row of results.
+    """Evaluate the network on all test images; write and return a row of results.
 
-    First, one fixed pass over the training images renews batch norm's statistics [choice]: those
-    of the last batches move accuracy by up to a point.
+    First, one fixed pass over the training images renews batch norm's statistics [choice]. Training
+    leaves those of its last batches, which can change accuracy by a point. If the run also has an
+    average of the network, `model` is that, and `method` is its name in the results.
     """
     args = checkpoint.args
     data = checkpoint.data
     model = checkpoint.parts["model"] if model is None else model
     method = method or checkpoint.method
-    if method not in checkpoint.results:
+    if method not in checkpoint.results:  # else the file had it, with the renewed statistics
         rewrite(f"{method}: renewing batch norm and evaluating on all {data.split} images")
         draws = torch.Generator().manual_seed(hashed("batch norm"))
         update_bn(data.batches(args.batch_size, draws, args.augment), model)  # ignores the labels
@@ -1359,16 +1403,20 @@ def record(args: argparse.Namespace, row: dict) -> None:
         "processor": processor,
         "device": args.device,
     }
-    line = json.dumps(row | {"key": key}).encode() + b"\n"
+    line = json.dumps(row | {"key": key}) + "\n"
+    ending = json.dumps({"key": key})[1:] + "\n"  # of any whole line with this key
     path = args.out / "results.jsonl"
-    with lock(path), open(path, "a+b") as file:
+    with lock(path), open(path, "a+b", buffering=0) as file:
         file.seek(0)
         before = file.read()
-        if f'"key": {json.dumps(key)}}}\n'.encode() in before:  # at the end of a whole line
+        if ending.encode() in before:
             return
         if before and not before.endswith(b"\n"):  # a line that was cut off stays alone
-            line = b"\n" + line
-        file.write(line)
+            line = "\n" + line
+        written = file.write(line.encode())
+        if written < len(line):  # leave nothing half-written
+            file.truncate(len(before))
+            raise OSError(f"{path}: disk full; free space, then add --resume")
 
 
 def full_precision(args: argparse.Namespace, data: Data, seed: int) -> tuple[nn.Module, dict]:
@@ -1450,10 +1498,10 @@ def print_table(rows: list[dict], reference: str = "baseline", **figures: str) -
     figures: {key in a row: heading}, by default the accuracy.
     """
     figures = figures or {"acc": "acc %"}
-    first = rows[0]
+    row = rows[-1]  # not the first, as full precision has no quantizer
     print(
-        f"\n{first['dataset']}, {first['train_size']} training images, {first['model']}, "
-        f"{rows[-1]['quantizer']}, {first['augment']}; {first['split']} accuracy"
+        f"\n{row['dataset']}, {row['train_size']} training images, {row['model']}, "
+        f"{row['quantizer']}, {row['augment']}; {row['split']} accuracy"
     )
     headings = "".join(f"{title:<16}{'vs ' + reference:<16}" for title in figures.values())
     print(f"{'method':<24}{'W/A':<7}{headings}seeds    (± standard error)")

@@ -26,7 +26,7 @@ import math
 from argparse import Namespace
 from dataclasses import replace
 
-import common  # before torch: it sets how threads wait
+import common  # before torch: it sets GOMP_SPINCOUNT
 import torch
 import torch.nn.functional as F
 from common import Checkpoint, Data, Progress, calibrate, hooked, quantize
@@ -35,7 +35,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 # What --recipe paper sets. CR's own settings are not known. PAPER has those of FPQ, by the same
 # authors, see fpq.py. GUESSES are ours [choice], "ema" and "ramp_epochs" after the mean teacher.
-# For CIFAR-100 give --stem cifar.
+# For CIFAR-100 give --stem cifar; fpq.py says why.
 PAPER = {
     "model": "resnet18",
     "dataset": "cifar10",
@@ -54,7 +54,7 @@ GUESSES = {
     "fp_weight_decay": 5e-4,
     "pad": 4,
 }
-BATCH_PER_LABELLED = 4  # with --labels, the first quarter of each batch is labelled [choice]
+LABELLED_PART = 4  # with --labels, the first quarter, 1 / 4, of each batch has labels [choice]
 VIEWS = ["none", "flip", "crop+flip", "crop+flip+noise", "crop+flip+colour"]
 
 
@@ -108,9 +108,11 @@ def consistency_loss(
 
 
 def ramp_up(t: float, length: float) -> float:
-    """The share of lambda at time t, both in epochs: it rises from exp(-5) at 0 to 1 at `length`.
+    """lambda(t) / lambda_max, which rises from exp(-5) to 1:
 
-    exp(-5 (1 - min(t / length, 1))^2)
+        exp(-5 (1 - min(t / length, 1))^2)
+
+    t and length are in epochs.
     """
     if length == 0:
         return 1.0
@@ -129,7 +131,7 @@ def ema_update(teacher: nn.Module, student: nn.Module, updates: int, alpha: floa
     """
     keep = min(1 - 1 / (updates + 1), alpha)
     update = get_ema_multi_avg_fn(keep)
-    update(list(teacher.parameters()), list(student.parameters()), None)
+    update(list(teacher.parameters()), list(student.parameters()), None)  # None is not used
 
 
 def distort(images: Tensor, view: str) -> Tensor:
@@ -155,8 +157,8 @@ def distort(images: Tensor, view: str) -> Tensor:
 
 def baseline(student, average, network, views, labels, ramp, args):
     """QAT with the quantizer and nothing else. It has one view, and labelled images only."""
-    # With --labels, the labelled images come first in a batch.
-    count = len(labels) // BATCH_PER_LABELLED if args.labels else len(labels)
+    # With --labels, the first quarter of a batch has labels
+    count = len(labels) // LABELLED_PART if args.labels else len(labels)
     return F.cross_entropy(student(views[0][:count]), labels[:count])
 
 
@@ -231,23 +233,24 @@ def labelled_images(data: Data) -> Data:
 
 
 def mixed_order(labels: Tensor, batch_size: int, draws: torch.Generator) -> Tensor:
-    """The indices of an epoch: in a batch, first the labelled images, one in BATCH_PER_LABELLED.
+    """The indices of an epoch. In each batch, the first quarter are labelled images.
 
     An epoch is one pass over the labelled images; the others are drawn with replacement [choice].
     """
-    quarter = batch_size // BATCH_PER_LABELLED
+    quarter = batch_size // LABELLED_PART
     known = (labels >= 0).nonzero().flatten()
     unknown = (labels < 0).nonzero().flatten()
     known = known[torch.randperm(len(known), generator=draws)]
     steps = max(1, len(known) // quarter)
-    # Repeated, because there may be less labelled images than a single batch takes
-    known = known.repeat(quarter)[: steps * quarter]
+    if len(known) < quarter:  # too few for one batch, so they repeat
+        known = known.repeat(quarter)
+    known = known[: steps * quarter]
     chosen = torch.randint(len(unknown), (steps, batch_size - quarter), generator=draws)
     return torch.cat([known.reshape(steps, quarter), unknown[chosen]], 1).flatten()
 
 
 def views_of(args: Namespace, method: str) -> list[str]:
-    """How images are augmented: for the baseline; or for the student, then for the teacher."""
+    """A list of augmentations: the baseline's one, or the student's and the teacher's."""
     if method == "baseline":
         return [args.augment]
     asked = args.views or [args.augment]
@@ -284,9 +287,9 @@ def train(
         args, labelled, name, seed, args.epochs, model=student, optimizer=optimizer, average=average
     )
     # With --labels, an epoch is one pass over the labelled images alone
-    per_batch = args.batch_size // BATCH_PER_LABELLED if args.labels else args.batch_size
+    per_batch = args.batch_size // LABELLED_PART if args.labels else args.batch_size
     steps = labelled.steps(per_batch)
-    done = checkpoint.load()  # 0, unless there is a file of this run to go on from
+    done = checkpoint.load()  # epochs: 0 or, from the run's file, those before an interruption
 
     for epoch in range(done, args.epochs):
         student.train()
@@ -325,7 +328,7 @@ def train(
 
 @torch.no_grad()
 def weight_bins(model: nn.Module) -> Tensor:
-    """The integers that the weights of all layers but first and last round to, as one vector."""
+    """The integers of the rounded weights as one vector, without the first and the last layer."""
     integers = [weight.flatten() for weight, _, _ in common.export_int(model).values()]
     return torch.cat(integers[1:-1])
 
@@ -333,11 +336,12 @@ def weight_bins(model: nn.Module) -> Tensor:
 def figures_of_epoch(
     args: Namespace, data: Data, method: str, run: dict, network: nn.Module
 ) -> dict:
-    """What another step would do. run: student, optimizer and average, of which we use copies.
+    """What another step would do, at the full weight of the consistency term.
 
-    ratio: |gradient of the added term| / |gradient of the cross-entropy|, at the full weight; it is
-    0 for methods without a term. trace: that of the Hessian, with its standard error. changed: the
-    share of weights whose integer the step changes, without first and last layer.
+    run: student, optimizer and average, of which we use copies. ratio: |gradient of the term| /
+    |gradient of the cross-entropy|, 0 for methods without a term. trace: that of the Hessian, with
+    its standard error. changed: the share of weights whose integer the step changes, without the
+    first and the last layer.
     """
     run = copy.deepcopy(run)  # all at once, so that the optimizer's copy has the student's copy
     student = run["model"]

@@ -9,7 +9,7 @@ the step, and on a random share of the activations. Stochastic weight averaging 
 weights of the last half of the epochs. Then the network is quantized without further training.
 
 Of this paper we had only the abstract and summaries. The rest follows later code and drafts of the
-same authors, below "authors". Our own decisions are marked [choice].
+same authors, which we cite as "authors". Our own decisions are marked [choice].
 
     symbol                  here                                              from
     dW, dx                  quantization_error(t, quantizer)                  authors
@@ -26,15 +26,15 @@ same authors, below "authors". Our own decisions are marked [choice].
 import copy
 from argparse import Namespace
 
-import common  # before torch: it sets how threads wait
+import common  # before torch: it sets GOMP_SPINCOUNT
 import torch
 import torch.nn.functional as F
 from common import Checkpoint, Data, Progress, Quantizer, hooked, layer_bits, weight_layers
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, update_bn
 
-# What --recipe paper sets: the authors' later code, and our guess [choice].
-PAPER = {
+# What --recipe paper sets: the settings of the authors' later code, and our guess [choice].
+AUTHORS = {
     "model": "resnet18",
     "dataset": "cifar100",
     "batch_size": 256,
@@ -79,7 +79,7 @@ def parse_args() -> Namespace:
          help="radius of sharpness-aware minimisation, sam (default: 0.2)")
     flag("--more-bits", action="store_true",
          help="quantize to W8A8, W4A4, W3A4, W2A4 and W2A2 as well")
-    return common.parse(parser, list(METHODS), PAPER | GUESSES)
+    return common.parse(parser, list(METHODS), AUTHORS | GUESSES)
 
 
 # ---------------------------------------------------------------------------- measuring the errors
@@ -190,7 +190,7 @@ class DifferentialWeightNoise:
             w.add_(self.noise[w])
 
     def before_step(self) -> None:
-        """Differential noise stays on the weights during the step."""
+        """Does nothing: differential noise stays on the weights during the step."""
 
     @torch.no_grad()
     def remove(self) -> None:
@@ -201,9 +201,9 @@ class DifferentialWeightNoise:
 
 
 class AdditiveWeightNoise(DifferentialWeightNoise):
-    """Noise that is removed before the step, so that weight decay shrinks w, not w + n_t [choice].
+    """The same noise, removed before the step instead of after it [choice].
 
-    That is the only difference to differential noise.
+    Only weight decay can tell the two apart: here it shrinks w, there w + n_t.
     """
 
     def before_step(self) -> None:
@@ -255,24 +255,29 @@ class ActivationNoise:
             self.statistics[layers[name]] = (error.mean(), error.std(correction=0))
 
     def chance(self, x: Tensor) -> Tensor | float:
-        """P, the chance that an element of x gets noise: rho or, with "salience", by channel
+        """P, the chance that an element of x gets noise. With mask "uniform" it is rho.
 
-            P = clip(softmax(I) C rho, 0, 1),   I = mean of |x| over space or tokens, C channels
+        With "salience" it depends on image and channel, of which there are C:
 
-        for each image. The authors also divide I by a temperature, which they set to 1.
+            P = clip(softmax(I) C rho, 0, 1),   I = mean of |x| over space or tokens
+
+        The authors also divide I by a temperature, which they set to 1.
         """
         if self.mask == "uniform":
             return self.rho
         channel = 1 if x.dim() == 4 else -1
-        others = {4: (2, 3), 3: (1,), 2: ()}[x.dim()]
-        salience = x.abs().mean(others, keepdim=True) if others else x.abs()
+        salience = x.abs()
+        if x.dim() == 4:  # N x C x height x width
+            salience = salience.mean((2, 3), keepdim=True)
+        if x.dim() == 3:  # N x tokens x C
+            salience = salience.mean(1, keepdim=True)
         return (salience.softmax(channel) * x.shape[channel] * self.rho).clamp_max(1)
 
     def perturb(self, x: Tensor, mean: Tensor, std: Tensor, strength: float) -> Tensor:
         noise = torch.empty_like(x)
-        # Drawn in memory order: eight times as fast on the CPU for channels_last images.
-        in_order = noise if noise.is_contiguous() else noise.movedim(1, -1)
-        in_order.normal_()
+        # Drawn through a view in memory order: eight times as fast for images on the CPU
+        view = noise if noise.is_contiguous() else noise.movedim(1, -1)
+        view.normal_()
         chosen = torch.rand_like(x) < self.chance(x)
         return x + noise.mul_(std).add_(mean).mul_(chosen).mul_(strength)
 
@@ -349,7 +354,7 @@ def train(args: Namespace, data: Data, method: str, seed: int) -> dict[str, tupl
     model, optimizer = common.new_network(args, data, seed, args.device)
     average = AveragedModel(model)
     bits = weight_noise_bits(args, method)
-    # Without a measurement, below, a noise adds nothing.
+    # A method without noise has both too, but they are never measured, and so add nothing
     weight_noise = WEIGHT_NOISES.get(method, DifferentialWeightNoise)(model, bits)
     activation_noise = ActivationNoise(model, args.abits, args.rho, args.quantizer, args.mask)
     checkpoint = Checkpoint(
@@ -357,7 +362,7 @@ def train(args: Namespace, data: Data, method: str, seed: int) -> dict[str, tupl
     )
     steps = data.steps(args.batch_size)
     total = args.fp_epochs * steps
-    done = checkpoint.load()  # 0, unless there is a file of this run to go on from
+    done = checkpoint.load()  # epochs: 0 or, from the run's file, those before an interruption
 
     for epoch in range(done, args.fp_epochs):
         model.train()
@@ -413,8 +418,9 @@ def ptq(args: Namespace, data: Data, network: nn.Module, wbits: int, abits: int)
 
 
 def quantized_rows(args: Namespace, data: Data, network: nn.Module, row: dict) -> list[dict]:
-    """Rows of results after PTQ, with the flatness before it and the bits of the noise, or None.
+    """Rows of results after PTQ, one for each pair of bits, with the flatness before PTQ.
 
+    noise_wbits, noise_abits: the bits whose error the method's noise imitates, or None without it.
     acc_batch_norm: accuracy with batch norm's statistics from the calibration images [choice].
     """
     common.say(f"{row['method']}: flatness, then post-training quantization")
@@ -442,7 +448,7 @@ def quantized_rows(args: Namespace, data: Data, network: nn.Module, row: dict) -
 def print_errors(args: Namespace, data: Data, network: nn.Module) -> None:
     """The decomposition per layer, and how far the errors are from independent Gaussians.
 
-    x are the inputs that the layers of the full-precision network have.
+    Of the first method's network, by default that of "sgd". x are the inputs that the layers of the full-precision network have.
     """
     images, _ = data.sample(100)
     quantized = ptq(args, data, network, args.wbits, args.abits)

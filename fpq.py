@@ -4,12 +4,14 @@ Implicit-Regularization on Hessian Matrix", arXiv 2503.11159.
 The idea. Rounding moves the weights and features of a network; where the loss is flat, that does
 little harm. Noise d of mean 0 raises the expected loss by about E[d^2] Tr(H) / 2, where H is the
 loss's Hessian with respect to what d moves (Eq. 7). So training under noise makes the loss flat
-without computing H. FPQ adds uniform noise, one step size wide, to the quantized inputs of random
-layers. It also pulls the output of each layer but the classifier towards that of the full-precision
-network, the teacher, after standardizing both.
+without computing H. FPQ adds uniform noise to the quantized inputs of random layers. The noise is
+as wide as the quantizer's step size, the distance of two neighbouring quantized values. FPQ also
+pulls the output of each layer but the classifier towards that of the full-precision network, the
+teacher, after standardizing both.
 
 The equations are the paper's. What it leaves open is ours and marked [choice]. In the paper z is
-the zero point, and z_l is the output of layer l, which we call features in the code.
+the zero point, the integer that stands for 0; see `fake_quantize` in common.py for Eq. 3. The
+output of layer l, which we call features, is z_l there.
 
     paper                            here
     s_l, z, q                        input_quantizer.step_size, .zero_point, .bits     Eq. 3-5
@@ -28,15 +30,15 @@ from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import common  # before torch: it sets how threads wait
+import common  # before torch: it sets GOMP_SPINCOUNT
 import torch
 import torch.nn.functional as F
 from common import Checkpoint, Data, Progress, calibrate, feature_layers, hooked, quantize
 from torch import Tensor, nn
 
 # What --recipe paper sets: section 4 of the paper, and our guesses [choice] where it is silent. We
-# guess --stem imagenet, torchvision's first layers: ResNet-18 then reaches about the paper's
-# accuracy in full precision on CIFAR-10. For CIFAR-100 give --stem cifar, by the same rule.
+# guess the stem, a network's first layers, by the paper's accuracy in full precision. On CIFAR-10
+# that of ResNet-18 fits torchvision's own stem, "imagenet". On CIFAR-100 it fits --stem cifar.
 PAPER = {
     "model": "resnet18",
     "dataset": "cifar10",
@@ -80,9 +82,9 @@ def stochastic_feature_perturbation(x: Tensor, step_size: Tensor, p: float) -> T
 
         x + delta,   delta ~ U[-s/2, s/2] for each element
 
-    x has any shape; step_size s broadcasts against it. Each layer tosses its own coin, and p is
-    small: Prop. 1 of the paper is about noise in several layers at once. No gradient flows through
-    delta [choice].
+    x has any shape; step_size s broadcasts against it. Each layer tosses its own coin. p is small,
+    because noise in several layers at once no longer has mean 0 at the output (Prop. 1). No
+    gradient flows through delta [choice].
     """
     if torch.rand(()) >= p:  # Eq. 14; on the CPU, so that no device is waited for
         return x
@@ -117,7 +119,7 @@ def csd_loss(student_feats: list[Tensor], teacher_feats: list[Tensor]) -> Tensor
     """
     distances = []
     for student, teacher in zip(student_feats, teacher_feats, strict=True):
-        # The channel goes last, as in memory. In another order the loss takes half as long again.
+        # Channels last, as the networks have them in memory: else this loss takes 1.4 times as long
         student = standardize(student).movedim(1, -1)
         teacher = standardize(teacher).movedim(1, -1)
         distances.append(F.mse_loss(student, teacher))
@@ -127,13 +129,14 @@ def csd_loss(student_feats: list[Tensor], teacher_feats: list[Tensor]) -> Tensor
 def perturbed(student: nn.Module, p: float, noise_at: str = "operand"):
     """A context in which SFP acts on the inputs of all layers but the classifier.
 
-    noise_at is "operand" for noise after the input quantizer, as in Eq. 16. With "input" it comes
-    before it, so that rounding becomes stochastic. With "weight" it is on the quantized weights
-    instead, as Fig. 2 compares. Both factors of attention's products count as inputs [choice].
+    noise_at "operand" puts the noise on the quantized input, as in Eq. 16. "input" puts it on the
+    input before it is quantized, so that rounding becomes stochastic. "weight" puts it on the
+    quantized weights instead, as Fig. 2 compares. Both factors of attention's products count as
+    inputs [choice].
     """
 
     def after(quantizer, inputs, x_hat):
-        step_size, _ = quantizer.grid(x_hat)
+        step_size, _ = quantizer.grid(x_hat)  # shaped to broadcast against x_hat
         return stochastic_feature_perturbation(x_hat, step_size, p)  # Eq. 16
 
     def before(quantizer, inputs):
@@ -163,12 +166,13 @@ def layer_outputs(model: nn.Module) -> Iterator[list[Tensor]]:
     an nn.ReLU(inplace=True) right after the layer.
     """
     outputs = []
-    versions = []  # torch counts how often a tensor was changed in place
+    versions = []  # torch counts how often a tensor, or a view of it, was changed in place
 
     def keep(layer, inputs, output):
         channel = 1 if layer.weight.dim() == 4 else -1  # of a convolution, of a linear layer
-        outputs.append(output.movedim(channel, 1))
-        versions.append(output._version)
+        features = output.movedim(channel, 1)  # a view
+        outputs.append(features)
+        versions.append(features._version)
 
     with hooked(feature_layers(model), after=keep):
         yield outputs
@@ -257,7 +261,7 @@ def train(
         args, data, method, seed, args.epochs, model=student, optimizer=optimizer
     )
     steps = data.steps(args.batch_size)
-    done = checkpoint.load()  # 0, unless there is a file of this run to go on from
+    done = checkpoint.load()  # epochs: 0 or, from the run's file, those before an interruption
 
     for epoch in range(done, args.epochs):
         student.train()
@@ -313,14 +317,14 @@ def figures_of_epoch(
 
 
 @torch.no_grad()
-def output_variance(model: nn.Module, images: Tensor, sigma: float, draws: int = 16) -> float:
-    """Fig. 1: variance of the logits over `draws` of N(0, sigma^2) noise on the normalised images.
+def output_variance(model: nn.Module, images: Tensor, sigma: float, times: int = 16) -> float:
+    """Fig. 1: how much the logits vary if noise N(0, sigma^2) is added to the normalised images.
 
-    It is divided by their variance over the noiseless images, because networks differ in the scale
-    of their logits [choice].
+    It is their variance over `times` draws of the noise, over their variance between images without
+    noise, because networks differ in the scale of their logits [choice].
     """
     torch.manual_seed(0)
-    noisy = torch.stack([model(images + sigma * torch.randn_like(images)) for _ in range(draws)])
+    noisy = torch.stack([model(images + sigma * torch.randn_like(images)) for _ in range(times)])
     return (noisy.var(0).mean() / model(images).var(0).mean()).item()
 
 

@@ -9,9 +9,9 @@ experts is to handle it. The loss is the cross-entropy minus beta times the rela
 We had only the abstract and summaries, which name the coding length and the experts. Length and
 series are those of Ma et al. 2007 and Liu et al. 2022 (MEC). The rest is ours, marked [choice]:
 what the features are, and how the experts share the images. Our experts share the images of a batch
-softly, by the norm of their features. Each codes the directions, of unit length, of its share. The
-formula of the mixture is that of maximal coding rate reduction (Yu et al. 2020), which minimises it
-for given classes; we maximise it.
+softly. The norm of an image's features decides only which experts code the image. What they code is
+its direction, the features scaled to norm 1. The formula of the mixture is that of maximal coding
+rate reduction (Yu et al. 2020), which minimises it for given classes; we maximise it.
 
     symbol                                                                             from
     Z: m x d              normalized_rows(features): m images, d features              [choice]
@@ -33,14 +33,15 @@ from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import common  # before torch: it sets how threads wait
+import common  # before torch: it sets GOMP_SPINCOUNT
 import torch
 import torch.nn.functional as F
 from common import Checkpoint, Data, Progress, calibrate, hooked, quantize
 from torch import Tensor, nn
 
 # What --recipe paper sets. MEC-Quant's own settings are not known. PAPER has those of FPQ, by the
-# same authors, see fpq.py; GUESSES are ours [choice]. For CIFAR-100 give --stem cifar.
+# same authors, see fpq.py; GUESSES are ours [choice]. For CIFAR-100 give --stem cifar; fpq.py says
+# why.
 PAPER = {
     "model": "resnet18",
     "dataset": "cifar10",
@@ -103,9 +104,11 @@ def normalized_rows(features: Tensor) -> Tensor:
 
 
 def series_logdet(c: Tensor, order: int) -> Tensor:
-    """Taylor series of log det(I + C), for a spectral norm of C below 1.
+    """Taylor series of log det(I + C):
 
-    sum_{k=1..order} (-1)^(k+1) / k tr(C^k)
+        sum_{k=1..order} (-1)^(k+1) / k tr(C^k)
+
+    It converges if the spectral norm of C is below 1.
     """
     power = c
     total = torch.diagonal(c).sum()
@@ -138,8 +141,11 @@ def coding_length(
         L = mu log det(I + lambda Z1^T Z2),   mu = (m + d) / 2,   lambda = 1 / (m eps_d^2)
 
     The code may make the squared error eps_d^2 per feature. log det / 2 is the length for one row:
-    the logarithm of how many such errors fit into the features' volume. The code has m rows, and d
-    principal directions, each at the cost of a row (Ma). Z2 is Z1 by default.
+    the logarithm of how many balls of that error fill the volume that the features take. The code
+    has m rows, and d principal directions, each at the cost of a row (Ma).
+
+    Z2, a second branch as in Liu et al., is Z1 by default. Of our methods only `branch` has two,
+    and it goes through `moe_coding_length`.
 
     As det(I + AB) = det(I + BA), we take the smaller of the d x d and the m x m matrix. The default
     is exact. An even `order` takes the series of Liu et al.; if it diverges, a warning says so and
@@ -157,7 +163,7 @@ def series_converges(c: Tensor, order: int) -> bool:
     """Whether the series may be used: a spectral norm of C below 1. Warns if it is not.
 
     It waits for the device. Raises ValueError for an odd order: its last term, + tr(C^k) / k, is
-    largest if all features are alike.
+    largest if all features are alike, so to maximise it would make them so.
     """
     if order % 2 or order < 2:
         raise ValueError(f"order should be even and positive, not {order}")
@@ -179,10 +185,13 @@ def moe_coding_length(z: Tensor, gates: Tensor, *, eps2: float, z2: Tensor | Non
         L_moe = (m + d) / 2 sum_k n_k / m log det(I + 1 / (n_k eps_d^2) Z^T diag(pi_k) Z2)
         n_k = sum_j pi_jk
 
-    gates: pi, m x K, rows sum to 1. With one expert it is L(Z). With more, and one branch, it is at
-    most L(Z), because log det is concave: what raises it raises a lower bound of L(Z). That holds
-    for weights n_k / m, not for (n_k + d) / (m + d), the cost of K separate codes [choice]. We also
-    leave out the bits that name an image's expert [choice]. The K matrices are d x d or m x m.
+    gates: pi, m x K, rows sum to 1. The K matrices are d x d or m x m. With one expert it is L(Z).
+    With more, and one branch, it is at most L(Z), because log det is concave: what raises it raises
+    a lower bound of L(Z).
+
+    We weight expert k by n_k / m [choice]. In K separate codes its weight would be
+    (n_k + d) / (m + d), but these sum to more than 1, and the bound would not hold. We also leave
+    out the bits that name an image's expert [choice].
     """
     m, d = z.shape
     n = gates.sum(0).clamp_min(common.TINY)
@@ -314,7 +323,7 @@ def train(
         args, data, method, seed, args.epochs, model=student, optimizer=optimizer
     )
     steps = data.steps(args.batch_size)
-    done = checkpoint.load()  # 0, unless there is a file of this run to go on from
+    done = checkpoint.load()  # epochs: 0 or, from the run's file, those before an interruption
 
     for epoch in range(done, args.epochs):
         student.train()
@@ -362,7 +371,7 @@ def figures_of_epoch(
     series: the spectral norm of C, and the relative error of its series of order SERIES_ORDER.
     """
     series = series_errors(features_of(student, data), args.eps2)
-    student = copy.deepcopy(student)  # as its batch norm is moved
+    student = copy.deepcopy(student)  # a pass changes batch norm's running statistics
     images, labels = data.sample(256)
     loss = METHODS[method](student, teacher, images, labels, args)
     cross_entropy = baseline(student, teacher, images, labels, args)
