@@ -85,8 +85,7 @@ def fake_quantize(
 class FakeQuantize(torch.autograd.Function):
     """Forward and backward of `fake_quantize`.
 
-    Autograd can differentiate the backward pass as well, for a Hessian: torch keeps the saved
-    tensors, x_hat too, connected to their inputs.
+    The backward pass consists of differentiable operations too, so that a Hessian can be taken.
     """
 
     @staticmethod
@@ -187,9 +186,8 @@ class Quantizer(nn.Module):
         width = high - low
         widest = width.max() if width.max() > TINY else 1
         low = torch.where(width > TINY, low, -widest)
-        # Where nothing is above 0, we add one level there, so that z = q_max - 1. With z = q_max a
-        # weight of 0 would be on the upper bound, have no gradient, and never grow. (On the lower
-        # bound, z = 0, are the zeros of a ReLU. They have no gradient anyway.)
+        # Where nothing is above 0, we add one level there: high becomes S, and z = q_max - 1. With
+        # z = q_max a weight of 0 would be on the upper bound, have no gradient, and never grow.
         if self.bits > 1:
             high = torch.where(high > 0, high, -low / (self.qmax - 1))
         S = (high - low) / self.qmax  # Eq. 4
@@ -248,10 +246,13 @@ class PACT(Quantizer):
         x_hat = round(clip(x, 0, alpha) / s) * s,   s = alpha / n,   n = q_max - z
         dx_hat/dalpha = 1 where x >= alpha, else 0
 
-    The parameter is s, not alpha. Its gradient is n dL/dalpha, which we divide by n^2. Then a step
-    at rate lr moves s by -lr dL/dalpha / n, and so alpha = n s by -lr dL/dalpha, as if alpha were
-    the parameter. alpha starts where LSQ's grid ends. If the data are signed, we clip at -z s as
-    well [choices].
+    The parameter is s, not alpha = n s. So that alpha still moves by -lr dL/dalpha, where lr is the
+    learning rate, s has to move by 1/n of that. With dL/ds = n dL/dalpha this is
+
+        -lr dL/dalpha / n = -lr (dL/ds) / n^2
+
+    so we divide the gradient of s by n^2. alpha starts where LSQ's grid ends. If the data are
+    signed, we clip at -z s as well [choices].
     """
 
     decays = True  # as in PACT's paper: weight decay keeps alpha, and so the rounding error, small
@@ -396,7 +397,7 @@ def calibrate(
 ) -> None:
     """Set the step sizes and zero points of weights and inputs by one pass of `images`.
 
-    The paper has 100 images. Just before a quantizer is called, with a weight or an input, it is
+    FPQ's paper has 100 images. Just before a quantizer is called, with a weight or an input, it is
     initialized from that tensor. So each layer sees the quantized output of those before it. If a
     quantizer is called twice, both tensors count. Batch norm normalises by this batch, as training
     will [choice]. Give batch_stats=False if no training follows: then it takes its running
@@ -433,7 +434,7 @@ def calibrate(
     if missed:
         warnings.warn(
             "calibration never reached these, which stay in full precision: " + ", ".join(missed),
-            stacklevel=3,
+            stacklevel=3,  # no_grad adds a level
         )
 
 
@@ -480,8 +481,8 @@ def mobilenet_v1(classes: int, stem: str) -> nn.Module:
     layers = [Conv2dNormActivation(3, 32, 3, stride=1 if stem == "cifar" else 2)]
     inputs = 32
     for outputs in [64, 128, 128, 256, 256, *[512] * 6, 1024, 1024]:
-        widens = outputs > inputs and inputs > 32  # all but the first block that doubles the width
-        stride = 2 if widens else 1
+        # Each doubling of the width comes with a stride, except the first doubling
+        stride = 2 if outputs > inputs > 32 else 1
         layers.append(Conv2dNormActivation(inputs, inputs, 3, stride, groups=inputs))
         layers.append(Conv2dNormActivation(inputs, outputs, 1))
         inputs = outputs
@@ -599,8 +600,9 @@ class Data:
         """One epoch of batches: (images N x 3 x 32 x 32, labels N).
 
         `views` say how to augment, like "crop+flip". With two of them a batch is (images, the same
-        images augmented anew, labels). `draws` is on the CPU, so that all devices see equal
-        batches. `order` has the indices of the epoch's images; without it they are shuffled.
+        images augmented anew, labels). `draws` is new for each epoch, and on the CPU, so that all
+        devices see equal batches. `order` has the indices of the epoch's images; without it they
+        are shuffled.
         """
         if order is None:
             order = torch.randperm(len(self.train_labels), generator=draws)
@@ -619,9 +621,10 @@ class Data:
         A crop moves the window of 32 x 32 pixels by up to `pad`; a flip mirrors its columns.
         """
         n = len(index)
+        # shift[0] is that of rows, shift[1] that of columns
         shift = torch.randint(-self.pad, self.pad + 1, (2, n, 1, 1), generator=draws)
         flip = torch.randint(2, (n, 1, 1), generator=draws)
-        shift = shift * ("crop" in augment) + self.pad  # of rows, of columns
+        shift = shift * ("crop" in augment) + self.pad
         row, column = shift.to(index.device, non_blocking=True)  # N x 1 x 1 each
         flip = (flip * ("flip" in augment)).to(index.device, non_blocking=True)
         line = torch.arange(32, device=index.device)
@@ -674,16 +677,17 @@ def make_data(args: argparse.Namespace, images: tuple, seed: int) -> Data:
         fingerprint = zlib.crc32(tensor.contiguous().numpy(), fingerprint)
     pixels = x[:: 1 + len(x) // 10_000].flatten(0, 2)
     pixels = pixels.float().div(255)
+    pad = args.pad
     return Data(
         name=name,
         class_names=class_names,
-        train_padded=F.pad(x, (0, 0, *[args.pad] * 4)).to(args.device),  # rows and columns
+        train_padded=F.pad(x, (0, 0, pad, pad, pad, pad)).to(args.device),  # no colours are added
         train_labels=y.to(args.device),
         test_images=test_x.to(args.device),
         test_labels=test_y.to(args.device),
         mean=pixels.mean(0).to(args.device),
         std=pixels.std(0).clamp_min(1e-3).to(args.device),
-        pad=args.pad,
+        pad=pad,
         split="val" if args.val else "test",
         fingerprint=fingerprint,
     )
@@ -703,9 +707,9 @@ def split(x: Tensor, y: Tensor, size: int, seed: int, flag: str) -> tuple:
             f"{len(y) - 1}, all training images but one"
         )
     order = torch.randperm(len(y), generator=torch.Generator().manual_seed(seed))
-    by_class = order[y[order].argsort(stable=True)].split(y.bincount().tolist())
+    order = order[y[order].argsort(stable=True)]  # class after class, each in random order
     rank = torch.empty_like(y)  # the place of an image in its class
-    for own in by_class:  # the indices of a class, in random order
+    for own in order.split(y.bincount().tolist()):
         rank[own] = torch.arange(len(own))
     # Take the first image of every class, then the second of every class, until there are `size`
     taken = rank.argsort(stable=True)[:size]
@@ -759,9 +763,9 @@ class VisibleFolder(torchvision.datasets.ImageFolder):
     def __init__(self, root: Path):
         super().__init__(root, is_valid_file=self.is_visible_image)
 
-    @staticmethod
-    def is_visible_image(path):
-        hidden = any(name.startswith(".") for name in Path(path).parts[-2:])
+    def is_visible_image(self, path):
+        names = Path(path).relative_to(self.root).parts
+        hidden = any(name.startswith(".") for name in names)
         return path.lower().endswith(torchvision.datasets.folder.IMG_EXTENSIONS) and not hidden
 
     def find_classes(self, directory):
@@ -886,11 +890,12 @@ def hessian_trace(
 ) -> tuple[float, float]:
     """Hutchinson's estimate of the trace of the Hessian H, and its standard error.
 
-    H is the Hessian of loss_fn() with respect to all entries of `params`. A quantized network is
-    piecewise constant, so its own Hessian says nothing. There we take the derivative of the
-    straight-through gradient instead [choice]. The estimate is the mean of v.Hv
-    over random vectors v of entries -1 and 1; probes: how many, at least 2. generator: on the
-    device of `params`.
+    H is the Hessian of loss_fn() with respect to all entries of `params`. That of a quantized
+    network would be 0 almost everywhere, as rounding is piecewise constant. So H is the derivative
+    of the straight-through gradient, of what `FakeQuantize.backward` returns [choice].
+
+    The estimate is the mean of v.Hv over random vectors v of entries -1 and 1. probes: how many, at
+    least 2. generator: on the device of `params`.
     """
     gradient = gradient_of(loss_fn(), params, create_graph=True)
     samples = []
@@ -917,7 +922,7 @@ def hessian_top_eigenvalue(
 def sharpness(model: nn.Module, data: Data, probes: int = 4, iters: int = 0) -> list[float]:
     """[trace, its standard error] of the loss's Hessian with respect to the layers' weights.
 
-    This is the trace of the paper's Fig. 5. With iters > 0 the top eigenvalue is the third entry.
+    This is the trace of FPQ's Fig. 5. With iters > 0 the top eigenvalue is the third entry.
     Loss and batch norm's statistics are of 256 training images [choice]. Works
     on a copy of `model`.
     """
@@ -995,7 +1000,7 @@ def number(kind: type, low: float, high: float):
 def base_parser(description: str, methods: list[str], default: list[str]) -> Parser:
     """The flags that all scripts share. methods[0] is plain training."""
     def method(text):
-        if text in QUANTIZERS:
+        if text in QUANTIZERS:  # as in --method lsq
             raise argparse.ArgumentTypeError(
                 f"{text} is a --quantizer; training without a paper's method is {methods[0]}")
         return text
@@ -1217,9 +1222,8 @@ class Progress:
 
 # What full precision depends on, so that all scripts and methods can share one network.
 FP_FLAGS = "model depth stem augment pad batch_size fp_epochs fp_lr fp_weight_decay".split()
-# Flags, of any script, that are not in the settings of a run. Most do not shape training. The
-# others do so through an entry that is there: `bits` through wbits and abits, dataset, train_size
-# and val through the checksum of the data, seed and method through those of the run.
+# Flags that are not in the settings of a run. They do not shape training, or another setting holds
+# what they do: wbits and abits what --bits does, the checksum of the data what --train-size does.
 NOT_SHAPING = (
     "out data_dir dataset train_size val device recipe bits seed method ablate ablate_views "
     "diagnose more_bits resume dry_run script command epochs_left"
@@ -1356,14 +1360,15 @@ def finish(
     """Evaluate the network on all test images; write and return a row of results.
 
     First, one fixed pass over the training images renews batch norm's statistics [choice]. Training
-    leaves those of its last batches, which can change accuracy by a point. If the run also has an
-    average of the network, `model` is that, and `method` is its name in the results.
+    leaves those of its last batches, which can change accuracy by a point. cr_qat.py and
+    flat_quant.py also evaluate an average of the network's weights: `model`, which the results call
+    `method`.
     """
     args = checkpoint.args
     data = checkpoint.data
     model = checkpoint.parts["model"] if model is None else model
     method = method or checkpoint.method
-    if method not in checkpoint.results:  # else the file had it, with the renewed statistics
+    if method not in checkpoint.results:  # not yet done in an earlier call of the same command
         rewrite(f"{method}: renewing batch norm and evaluating on all {data.split} images")
         draws = torch.Generator().manual_seed(hashed("batch norm"))
         update_bn(data.batches(args.batch_size, draws, args.augment), model)  # ignores the labels
@@ -1404,7 +1409,7 @@ def record(args: argparse.Namespace, row: dict) -> None:
         "device": args.device,
     }
     line = json.dumps(row | {"key": key}) + "\n"
-    ending = json.dumps({"key": key})[1:] + "\n"  # of any whole line with this key
+    ending = json.dumps({"key": key})[1:] + "\n"  # the key is last, so a whole line ends so
     path = args.out / "results.jsonl"
     with lock(path), open(path, "a+b", buffering=0) as file:
         file.seek(0)
@@ -1460,7 +1465,7 @@ def load(path: str | Path) -> tuple[nn.Module, Tensor, Tensor, list[str]]:
     """(network in eval mode, mean, std, class names) of a checkpoint.
 
     The network takes (images - mean) / std, where images, N x 3 x 32 x 32, are from 0 to 1. For
-    flat_quant.py it is the network in full precision, not the average.
+    flat_quant.py it is the network in full precision, not the average of its weights.
     """
     state = read_checkpoint(Path(path))
     flags = state["settings"]

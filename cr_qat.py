@@ -35,7 +35,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 # What --recipe paper sets. CR's own settings are not known. PAPER has those of FPQ, by the same
 # authors, see fpq.py. GUESSES are ours [choice], "ema" and "ramp_epochs" after the mean teacher.
-# For CIFAR-100 give --stem cifar; fpq.py says why.
+# For CIFAR-100 give --stem cifar: the published accuracy in full precision fits that stem there.
 PAPER = {
     "model": "resnet18",
     "dataset": "cifar10",
@@ -83,7 +83,7 @@ def parse_args() -> Namespace:
     args = common.parse(parser, list(METHODS), PAPER | GUESSES)
     if len(args.views) > 2:
         parser.error(f"--views has {len(args.views)} values: give one for both views, or two")
-    if args.labels and args.batch_size < 8:
+    if args.labels and args.batch_size < 8:  # batch norm needs two labelled images
         parser.error(f"--batch-size {args.batch_size} is too small for --labels; give 8 or more")
     return args
 
@@ -121,28 +121,28 @@ def ramp_up(t: float, length: float) -> float:
 
 @torch.no_grad()
 def ema_update(teacher: nn.Module, student: nn.Module, updates: int, alpha: float) -> None:
-    """Exponential moving average of all parameters, step sizes included, in place.
+    """Exponential moving average of all parameters, learned step sizes included, in place.
 
         theta_T <- keep theta_T + (1 - keep) theta_S,   keep = min(1 - 1 / (updates + 1), alpha)
 
     `updates` counts the calls before this one. While keep < alpha, theta_T is the mean of all
-    students so far. Zero points and 8-bit step sizes are not parameters; training leaves them as
-    they are, so that both networks have the same.
+    students so far. Zero points, and the step sizes of the first and the last layer, are not
+    learned. Both networks have the same.
     """
     keep = min(1 - 1 / (updates + 1), alpha)
     update = get_ema_multi_avg_fn(keep)
     update(list(teacher.parameters()), list(student.parameters()), None)  # None is not used
 
 
-def distort(images: Tensor, view: str) -> Tensor:
+def distort(images: Tensor, name: str) -> Tensor:
     """What a view does beyond crop and flip, to normalised images N x 3 x 32 x 32 [choice].
 
     noise: Gaussian, of standard deviation 0.1. colour: each channel of an image is multiplied by 1
     plus a number from U[-0.4, 0.4], and then shifted by another one.
     """
-    if "noise" in view:
+    if "noise" in name:
         images = images + 0.1 * torch.randn_like(images)
-    if "colour" in view:
+    if "colour" in name:
         shape = (2, len(images), 3, 1, 1)
         gain, shift = torch.empty(shape, device=images.device).uniform_(-0.4, 0.4)
         images = images * (1 + gain) + shift
@@ -242,7 +242,7 @@ def mixed_order(labels: Tensor, batch_size: int, draws: torch.Generator) -> Tens
     unknown = (labels < 0).nonzero().flatten()
     known = known[torch.randperm(len(known), generator=draws)]
     steps = max(1, len(known) // quarter)
-    if len(known) < quarter:  # too few for one batch, so they repeat
+    if len(known) < quarter:  # too few for one batch: more than enough copies, cut below
         known = known.repeat(quarter)
     known = known[: steps * quarter]
     chosen = torch.randint(len(unknown), (steps, batch_size - quarter), generator=draws)
@@ -259,12 +259,12 @@ def views_of(args: Namespace, method: str) -> list[str]:
 
 def epoch_batches(args: Namespace, data: Data, method: str, draws: torch.Generator):
     """The batches of an epoch: (a list of the images in each view, labels)."""
-    views = views_of(args, method)
+    names = views_of(args, method)
     order = None
     if args.labels:
         order = mixed_order(data.train_labels.cpu(), args.batch_size, draws)
-    for *images, labels in data.batches(args.batch_size, draws, *views, order=order):
-        yield [distort(image, view) for image, view in zip(images, views)], labels
+    for *views, labels in data.batches(args.batch_size, draws, *names, order=order):
+        yield [distort(view, name) for view, name in zip(views, names)], labels
 
 
 # ----------------------------------------------------------------------------------- the training
@@ -289,7 +289,7 @@ def train(
     # With --labels, an epoch is one pass over the labelled images alone
     per_batch = args.batch_size // LABELLED_PART if args.labels else args.batch_size
     steps = labelled.steps(per_batch)
-    done = checkpoint.load()  # epochs: 0 or, from the run's file, those before an interruption
+    done = checkpoint.load()  # how many epochs its file has done; 0 to start anew
 
     for epoch in range(done, args.epochs):
         student.train()
@@ -297,17 +297,17 @@ def train(
         draws = common.epoch_draws("training", seed, epoch)
         progress = Progress(f"{name:<9} seed {seed}  epoch {epoch + 1}/{args.epochs}", steps)
         batches = epoch_batches(args, data, method, draws)
-        for i, (images, labels) in enumerate(batches):
+        for i, (views, labels) in enumerate(batches):
             step = epoch * steps + i
             # Learning rate: a cosine from --lr down to 0; the consistency term's weight: a ramp up
             common.set_rate(optimizer, args.lr * common.cosine(step, args.epochs * steps))
             ramp = ramp_up(step / steps, args.ramp_epochs)
             # Forward: the method returns its loss
-            loss = METHODS[method](student, average, network, images, labels, ramp, args)
+            loss = METHODS[method](student, average, network, views, labels, ramp, args)
             # Backward
             optimizer.zero_grad()
             loss.backward()
-            # Step of the student, then of its average, which only "cr" uses
+            # Step of the student, then of its average, the teacher of "cr"
             optimizer.step()
             ema_update(average, student, step, args.ema)
             progress.add(loss=loss)
@@ -343,12 +343,12 @@ def figures_of_epoch(
     its standard error. changed: the share of weights whose integer the step changes, without the
     first and the last layer.
     """
-    run = copy.deepcopy(run)  # all at once, so that the optimizer's copy has the student's copy
+    run = copy.deepcopy(run)  # in one call, so that the copied optimizer moves the copied student
     student = run["model"]
     batch = next(epoch_batches(args, data, method, torch.Generator().manual_seed(0)))
     arguments = (student, run["average"], network, *batch)
-    loss = METHODS[method](*arguments, 1.0, args)
-    cross_entropy = METHODS[method](*arguments, 0.0, args)
+    loss = METHODS[method](*arguments, ramp=1.0, args=args)
+    cross_entropy = METHODS[method](*arguments, ramp=0.0, args=args)
     ratio = common.gradient_ratio(loss, cross_entropy, student)
     trace = common.sharpness(student, labelled_images(data))
     before = weight_bins(student)
@@ -445,11 +445,12 @@ def main() -> None:
         for method in args.method:
             trained[method] = train(args, data, method, seed, network)
             rows += trained[method][1]
-        asked = args.views
-        for view in VIEWS if args.ablate_views else []:
-            args.views = [view]
-            rows += train(args, data, "cr", seed, network, f"cr-{view}")[1]
-        args.views = asked
+        if args.ablate_views:
+            asked = args.views
+            for view in VIEWS:
+                args.views = [view]
+                rows += train(args, data, "cr", seed, network, f"cr-{view}")[1]
+            args.views = asked
     common.print_table(rows)
     if args.diagnose:
         diagnose(data, trained)

@@ -153,12 +153,12 @@ class DifferentialWeightNoise:
 
     In step t the weights are w + n_t while gradient and step are taken; then n_t is removed.
 
-        w <- w - lr dL/dw(w + n_t),   n_t = lambda (mu + sigma e),   e ~ N(0, 1)
+        w_(t+1) = w_t - lr dL/dw(w_t + n_t),   n_t = lambda (mu + sigma e),   e ~ N(0, 1)
 
-    The authors write this for the noisy weights v = w + n_t. Each step adds the difference of two
-    noises to them, hence "differential" (Anti-PGD, Orvieto et al. 2022):
+    The authors write the same step for the noisy weights v_t = w_t + n_t. It adds the difference of
+    two noises, hence "differential" (Anti-PGD, Orvieto et al. 2022):
 
-        v <- v - lr dL/dv + n_(t+1) - n_t
+        v_(t+1) = v_t - lr dL/dv(v_t) + n_(t+1) - n_t
 
     mu and sigma are mean and standard deviation of the error at the start of each epoch [choice;
     the authors average over epochs].
@@ -275,7 +275,7 @@ class ActivationNoise:
 
     def perturb(self, x: Tensor, mean: Tensor, std: Tensor, strength: float) -> Tensor:
         noise = torch.empty_like(x)
-        # Drawn through a view in memory order: eight times as fast for images on the CPU
+        # All of it, through a view in memory order: eight times as fast for images on the CPU
         view = noise if noise.is_contiguous() else noise.movedim(1, -1)
         view.normal_()
         chosen = torch.rand_like(x) < self.chance(x)
@@ -288,7 +288,7 @@ class ActivationNoise:
             mean, std = self.statistics[layer]
             return self.perturb(inputs[0], mean, std, strength)
 
-        return hooked(self.statistics, before=before)
+        return hooked(self.statistics.keys(), before=before)
 
 
 # Each method has a function that returns the loss of a batch: images N x 3 x 32 x 32, labels N.
@@ -305,14 +305,14 @@ def sam(model: nn.Module, images: Tensor, labels: Tensor, args: Namespace) -> Te
 
 
 METHODS = {
-    "sgd": plain,
-    "weight": plain,
-    "additive": plain,
-    "isotropic": plain,
-    "wrong-bits": plain,
-    "activation": plain,
-    "weight+activation": plain,
-    "sam": sam,
+    "sgd": plain,  # no noise
+    "weight": plain,  # half of DNQ: differential noise on the weights
+    "additive": plain,  # the same noise, removed before the step
+    "isotropic": plain,  # a control: noise of one variance for all weights
+    "wrong-bits": plain,  # a control: the noise of "weight", but for --noise-bits
+    "activation": plain,  # the other half: noise on the activations
+    "weight+activation": plain,  # DNQ
+    "sam": sam,  # a rival without noise
 }
 WEIGHT_NOISES = {
     "weight": DifferentialWeightNoise,
@@ -354,7 +354,7 @@ def train(args: Namespace, data: Data, method: str, seed: int) -> dict[str, tupl
     model, optimizer = common.new_network(args, data, seed, args.device)
     average = AveragedModel(model)
     bits = weight_noise_bits(args, method)
-    # A method without noise has both too, but they are never measured, and so add nothing
+    # A method without noise has both objects too. They are never measured, and so add nothing.
     weight_noise = WEIGHT_NOISES.get(method, DifferentialWeightNoise)(model, bits)
     activation_noise = ActivationNoise(model, args.abits, args.rho, args.quantizer, args.mask)
     checkpoint = Checkpoint(
@@ -362,7 +362,7 @@ def train(args: Namespace, data: Data, method: str, seed: int) -> dict[str, tupl
     )
     steps = data.steps(args.batch_size)
     total = args.fp_epochs * steps
-    done = checkpoint.load()  # epochs: 0 or, from the run's file, those before an interruption
+    done = checkpoint.load()  # how many epochs its file has done; 0 to start anew
 
     for epoch in range(done, args.fp_epochs):
         model.train()
@@ -448,7 +448,7 @@ def quantized_rows(args: Namespace, data: Data, network: nn.Module, row: dict) -
 def print_errors(args: Namespace, data: Data, network: nn.Module) -> None:
     """The decomposition per layer, and how far the errors are from independent Gaussians.
 
-    Of the first method's network, by default that of "sgd". x are the inputs that the layers of the full-precision network have.
+    A layer's x is its input in `network`, which is in full precision.
     """
     images, _ = data.sample(100)
     quantized = ptq(args, data, network, args.wbits, args.abits)
@@ -494,7 +494,7 @@ def main() -> None:
         drop = networks[name][1]["acc"] - after["acc"]
         figures = (drop, after["trace"], after["trace_error"], after["top_eigenvalue"])
         common.print_row(*[f"{figure:.2f}" for figure in figures], name)
-    if args.diagnose:
+    if args.diagnose:  # of the first method, "sgd" by default
         print_errors(args, data, networks[args.method[0]][0])
 
 

@@ -9,9 +9,9 @@ as wide as the quantizer's step size, the distance of two neighbouring quantized
 pulls the output of each layer but the classifier towards that of the full-precision network, the
 teacher, after standardizing both.
 
-The equations are the paper's. What it leaves open is ours and marked [choice]. In the paper z is
-the zero point, the integer that stands for 0; see `fake_quantize` in common.py for Eq. 3. The
-output of layer l, which we call features, is z_l there.
+The equations are the paper's. What it leaves open is ours and marked [choice]. In the paper, z
+without an index is the zero point, the integer that stands for 0, while z_l is the output of layer
+l. We call these outputs features. Eq. 3 is `fake_quantize` in common.py.
 
     paper                            here
     s_l, z, q                        input_quantizer.step_size, .zero_point, .bits     Eq. 3-5
@@ -37,8 +37,8 @@ from common import Checkpoint, Data, Progress, calibrate, feature_layers, hooked
 from torch import Tensor, nn
 
 # What --recipe paper sets: section 4 of the paper, and our guesses [choice] where it is silent. We
-# guess the stem, a network's first layers, by the paper's accuracy in full precision. On CIFAR-10
-# that of ResNet-18 fits torchvision's own stem, "imagenet". On CIFAR-100 it fits --stem cifar.
+# guess the stem, the first layers of ResNet-18, by the paper's accuracy in full precision. On
+# CIFAR-10 this accuracy fits torchvision's own stem, "imagenet"; on CIFAR-100 it fits --stem cifar.
 PAPER = {
     "model": "resnet18",
     "dataset": "cifar10",
@@ -83,8 +83,8 @@ def stochastic_feature_perturbation(x: Tensor, step_size: Tensor, p: float) -> T
         x + delta,   delta ~ U[-s/2, s/2] for each element
 
     x has any shape; step_size s broadcasts against it. Each layer tosses its own coin. p is small,
-    because noise in several layers at once no longer has mean 0 at the output (Prop. 1). No
-    gradient flows through delta [choice].
+    because the paper proves noise in several layers at once to be biased (Prop. 1). No gradient
+    flows through delta [choice].
     """
     if torch.rand(()) >= p:  # Eq. 14; on the CPU, so that no device is waited for
         return x
@@ -119,7 +119,7 @@ def csd_loss(student_feats: list[Tensor], teacher_feats: list[Tensor]) -> Tensor
     """
     distances = []
     for student, teacher in zip(student_feats, teacher_feats, strict=True):
-        # Channels last, as the networks have them in memory: else this loss takes 1.4 times as long
+        # Channels last, as in memory. This is only for speed: the mean is the same in any order.
         student = standardize(student).movedim(1, -1)
         teacher = standardize(teacher).movedim(1, -1)
         distances.append(F.mse_loss(student, teacher))
@@ -143,6 +143,7 @@ def perturbed(student: nn.Module, p: float, noise_at: str = "operand"):
         step_size, _ = quantizer.grid(inputs[0])
         return stochastic_feature_perturbation(inputs[0], step_size, p)
 
+    # Layers and products that were left in full precision have no quantizer, and get no noise.
     layers = [layer for layer in feature_layers(student) if isinstance(layer, common.QuantLayer)]
     sites = [layer.input_quantizer for layer in layers]
     for module in student.modules():
@@ -150,7 +151,6 @@ def perturbed(student: nn.Module, p: float, noise_at: str = "operand"):
             sites += [module.a_quantizer, module.b_quantizer]
     if noise_at == "weight":
         sites = [layer.weight_quantizer for layer in layers]
-    # What `calibrate` left in full precision has no quantizer, and gets no noise.
     sites = [site for site in sites if isinstance(site, common.Quantizer)]
     if noise_at == "input":
         return hooked(sites, before=before)
@@ -261,7 +261,7 @@ def train(
         args, data, method, seed, args.epochs, model=student, optimizer=optimizer
     )
     steps = data.steps(args.batch_size)
-    done = checkpoint.load()  # epochs: 0 or, from the run's file, those before an interruption
+    done = checkpoint.load()  # how many epochs its file has done; 0 to start anew
 
     for epoch in range(done, args.epochs):
         student.train()
@@ -278,7 +278,7 @@ def train(
             # Backward
             optimizer.zero_grad()
             loss.backward()
-            # Step: weights, batch norm's parameters, step sizes
+            # Step: weights, batch norm's parameters, step sizes below 8 bits
             optimizer.step()
             progress.add(loss=loss)
         # With --diagnose, the epoch's share of the paper's figures
@@ -320,8 +320,8 @@ def figures_of_epoch(
 def output_variance(model: nn.Module, images: Tensor, sigma: float, times: int = 16) -> float:
     """Fig. 1: how much the logits vary if noise N(0, sigma^2) is added to the normalised images.
 
-    It is their variance over `times` draws of the noise, over their variance between images without
-    noise, because networks differ in the scale of their logits [choice].
+    This is their variance between `times` draws of the noise, divided by their variance between
+    images without noise, because networks differ in the scale of their logits [choice].
     """
     torch.manual_seed(0)
     noisy = torch.stack([model(images + sigma * torch.randn_like(images)) for _ in range(times)])

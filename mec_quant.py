@@ -9,9 +9,10 @@ experts is to handle it. The loss is the cross-entropy minus beta times the rela
 We had only the abstract and summaries, which name the coding length and the experts. Length and
 series are those of Ma et al. 2007 and Liu et al. 2022 (MEC). The rest is ours, marked [choice]:
 what the features are, and how the experts share the images. Our experts share the images of a batch
-softly. The norm of an image's features decides only which experts code the image. What they code is
-its direction, the features scaled to norm 1. The formula of the mixture is that of maximal coding
-rate reduction (Yu et al. 2020), which minimises it for given classes; we maximise it.
+softly, by the norm of their features, so that images of one scale are coded together. The code
+itself is of directions alone: of the features minus their mean over the batch, scaled to norm 1.
+The formula of the mixture is that of maximal coding rate reduction (Yu et al. 2020), which
+minimises it for given classes; we maximise it.
 
     symbol                                                                             from
     Z: m x d              normalized_rows(features): m images, d features              [choice]
@@ -40,8 +41,8 @@ from common import Checkpoint, Data, Progress, calibrate, hooked, quantize
 from torch import Tensor, nn
 
 # What --recipe paper sets. MEC-Quant's own settings are not known. PAPER has those of FPQ, by the
-# same authors, see fpq.py; GUESSES are ours [choice]. For CIFAR-100 give --stem cifar; fpq.py says
-# why.
+# same authors, see fpq.py; GUESSES are ours [choice]. For CIFAR-100 give --stem cifar: there the
+# published accuracy in full precision fits that stem.
 PAPER = {
     "model": "resnet18",
     "dataset": "cifar10",
@@ -142,7 +143,7 @@ def coding_length(
 
     The code may make the squared error eps_d^2 per feature. log det / 2 is the length for one row:
     the logarithm of how many balls of that error fill the volume that the features take. The code
-    has m rows, and d principal directions, each at the cost of a row (Ma).
+    has m rows, and d principal directions, each at the cost of a row: hence m + d (Ma).
 
     Z2, a second branch as in Liu et al., is Z1 by default. Of our methods only `branch` has two,
     and it goes through `moe_coding_length`.
@@ -162,12 +163,12 @@ def coding_length(
 def series_converges(c: Tensor, order: int) -> bool:
     """Whether the series may be used: a spectral norm of C below 1. Warns if it is not.
 
-    It waits for the device. Raises ValueError for an odd order: its last term, + tr(C^k) / k, is
-    largest if all features are alike, so to maximise it would make them so.
+    It waits for the device. Raises ValueError for an odd order: its last term, + tr(C^k) / k,
+    rewards features that are alike.
     """
     if order % 2 or order < 2:
         raise ValueError(f"order should be even and positive, not {order}")
-    if not c.isfinite().all():  # the norm would raise; the series gives nan, which is reported
+    if not c.isfinite().all():  # the norm would raise; a loss of nan ends the script in `end_epoch`
         return True
     norm = torch.linalg.matrix_norm(c.detach(), 2).item()
     if norm >= 1:
@@ -208,8 +209,9 @@ def scale_gates(magnitudes: Tensor, experts: int) -> Tensor:
     """pi, m x K: how much of each image belongs to each expert, by its magnitude [choice].
 
     magnitudes: m, the norms of the images' features before `normalized_rows`. A long tail is a
-    mixture of scales, so an expert stands for a scale: a Gaussian over the log-magnitude. That of
-    expert k is at the (k + 1/2) / K quantile, of width std / K. Rows sum to 1. No gradient flows.
+    mixture of scales, so an expert stands for a scale. Expert k has a Gaussian over log-magnitudes.
+    Its mean is the (k + 1/2) / K quantile of the batch, its width the batch's standard deviation
+    over K. pi_jk is Gaussian k at image j, divided by the sum of all K. No gradient flows.
     """
     scale = magnitudes.detach().clamp_min(common.TINY).log()
     numbers = torch.arange(experts, device=scale.device, dtype=scale.dtype)
@@ -323,7 +325,7 @@ def train(
         args, data, method, seed, args.epochs, model=student, optimizer=optimizer
     )
     steps = data.steps(args.batch_size)
-    done = checkpoint.load()  # epochs: 0 or, from the run's file, those before an interruption
+    done = checkpoint.load()  # how many epochs its file has done; 0 to start anew
 
     for epoch in range(done, args.epochs):
         student.train()
@@ -339,7 +341,7 @@ def train(
             # Backward
             optimizer.zero_grad()
             loss.backward()
-            # Step: weights, batch norm's parameters, step sizes
+            # Step: weights, batch norm's parameters, step sizes below 8 bits
             optimizer.step()
             progress.add(loss=loss)
         # With --diagnose, the epoch's figures
@@ -380,7 +382,7 @@ def figures_of_epoch(
 
 def series_errors(features: Tensor, eps2: float) -> list[float]:
     z = normalized_rows(features)
-    c = (z.T @ z / (len(z) * eps2)).nan_to_num()  # nan would raise here; end_epoch names it
+    c = (z.T @ z / (len(z) * eps2)).nan_to_num()  # nan would raise here, not in `end_epoch`
     exact = exact_logdet(c, symmetric=True)
     error = (series_logdet(c, SERIES_ORDER) - exact) / exact
     return [torch.linalg.matrix_norm(c, 2).item(), error.item()]
@@ -417,7 +419,7 @@ def diagnose(args: Namespace, data: Data, network: nn.Module, trained: dict) -> 
     name = "mec-quant" if "mec-quant" in trained else list(trained)[-1]
     magnitudes = features[name].norm(dim=1)
     gates = scale_gates(magnitudes, args.experts)
-    print(f"\nscale gates on {name}: mean gate, magnitudes where it is the largest")
+    print(f"\nscale gates on {name}: mean gate, and magnitudes of the images mostly its own")
     common.print_row("expert", "gate", "from", "to")
     for k in range(args.experts):
         own = magnitudes[gates.argmax(1) == k]
