@@ -104,7 +104,8 @@ class FakeQuantize(torch.autograd.Function):
         # grad * dx_hat/dx: grad inside, 0 outside and on the bounds, as for a hard tanh
         v = (x / step_size).add_(zero_point)
         grad_x = torch.ops.aten.hardtanh_backward(grad, v, ctx.qmin, ctx.qmax)
-        # grad * dx_hat/ds: grad (x_hat - x) / s inside; grad x_hat / s outside, where grad_x is 0
+        # grad * dx_hat/ds: grad_x is grad inside and 0 outside, so the difference is
+        # grad (x_hat - x) inside and grad x_hat outside
         grad_s = (grad * x_hat - grad_x * x).sum_to_size(step_size.shape) / step_size
         return grad_x, grad_s * ctx.grad_scale, None, None, None, None
 
@@ -158,7 +159,8 @@ class Quantizer(nn.Module):
         The gradient of s is a sum over N elements. Without this factor a step size would move much
         faster, relative to its size, than weights do. For activations N counts the whole batch, as
         in MQBench, the library that the papers build on; LSQ's text counts one image [choice]. For
-        weights LSQ has q_max = 2^(bits - 1) - 1, as its grid is signed; ours is not [choice].
+        weights LSQ's q_max is 2^(bits - 1) - 1, as its integers are signed. Ours begin at 0, and z
+        shifts them [choice].
         """
         sharing = max(1, x.numel() // self.step_size.numel())
         return (sharing * self.qmax) ** -0.5
@@ -182,12 +184,13 @@ class Quantizer(nn.Module):
         rows = spaced_values(x, self.channels or 1)
         low = rows.amin(1).clamp_max(0)
         high = rows.amax(1).clamp_min(0)
-        # A channel of zeros has no range. It gets that of the widest channel, from -widest to 0.
+        # A channel of zeros has no range. At first it gets the one from -widest to 0.
         width = high - low
         widest = width.max() if width.max() > TINY else 1
         low = torch.where(width > TINY, low, -widest)
-        # Where nothing is above 0, we add one level there: high becomes S, and z = q_max - 1. With
-        # z = q_max a weight of 0 would be on the upper bound, have no gradient, and never grow.
+        # Where nothing is above 0, we add one level there: high = S, so that z = q_max - 1. With
+        # z = q_max an x of 0 would be on the upper bound, have no gradient, and never grow. On the
+        # lower bound, z = 0, are the zeros of a ReLU, which need no gradient.
         if self.bits > 1:
             high = torch.where(high > 0, high, -low / (self.qmax - 1))
         S = (high - low) / self.qmax  # Eq. 4
@@ -246,13 +249,10 @@ class PACT(Quantizer):
         x_hat = round(clip(x, 0, alpha) / s) * s,   s = alpha / n,   n = q_max - z
         dx_hat/dalpha = 1 where x >= alpha, else 0
 
-    The parameter is s, not alpha = n s. So that alpha still moves by -lr dL/dalpha, where lr is the
-    learning rate, s has to move by 1/n of that. With dL/ds = n dL/dalpha this is
-
-        -lr dL/dalpha / n = -lr (dL/ds) / n^2
-
-    so we divide the gradient of s by n^2. alpha starts where LSQ's grid ends. If the data are
-    signed, we clip at -z s as well [choices].
+    The parameter is s, not alpha = n s. A step of s moves alpha n times as far, and dL/ds is
+    n dL/dalpha. We divide the gradient of s by both, by n^2, so that alpha moves as if it were the
+    parameter. alpha starts where LSQ's grid ends. If the data are signed, we clip at -z s as well,
+    and values below that move s too [choices].
     """
 
     decays = True  # as in PACT's paper: weight decay keeps alpha, and so the rounding error, small
@@ -336,7 +336,7 @@ def feature_layers(model: nn.Module) -> list[nn.Module]:
 
 
 def layer_bits(model: nn.Module, bits: int) -> dict[str, int]:
-    """{layer: bits}: 8 for the first and the last one defined, as in the paper; else `bits`."""
+    """{layer: bits}: 8 for the first and the last one defined, as in FPQ; else `bits`."""
     names = list(weight_layers(model))
     ends = (names[0], names[-1])
     return {name: 8 if name in ends else bits for name in names}
@@ -351,16 +351,19 @@ def quantize(model: nn.Module, wbits: int, abits: int, quantizer: str = "lsq") -
 
     The first and the last layer in order of definition get 8 bits. Call `calibrate` next.
 
-    Three kinds of layers stay in full precision: with padding other than zeros; of a class derived
-    from Conv2d or Linear, which may compute something else; and with a weight that each pass
-    computes, as by weight_norm, spectral_norm and pruning. A warning names each parameter of two or
-    more dimensions that stays in full precision. Raises ValueError if `model` is quantized already.
+    These layers stay in full precision:
+    - a convolution whose padding is not zeros
+    - a layer of a class derived from Conv2d or Linear, as it may compute something else
+    - a layer whose weight is computed anew in each pass: weight_norm, spectral_norm, pruning
+
+    A warning names each parameter of two or more dimensions that stays in full precision. Raises
+    ValueError if `model` is quantized already.
     """
     if quantizers_of(model):
         raise ValueError("the network is quantized already")
     try:
         model = copy.deepcopy(model)
-    except RuntimeError as error:
+    except RuntimeError as error:  # torch copies no tensor that hangs on a graph of gradients
         raise RuntimeError(
             "the network cannot be copied; if it keeps a result (self.feature = x) or computes a "
             "weight, run it once under torch.no_grad() before quantize"
@@ -382,10 +385,7 @@ def quantize(model: nn.Module, wbits: int, abits: int, quantizer: str = "lsq") -
         elif module in quantized and module is not model:
             model.set_submodule(name, quantized[module])
     weights = {layer.weight for layer in quantized.values()}
-    left = []
-    for name, parameter in model.named_parameters():
-        if parameter.dim() > 1 and parameter not in weights:
-            left.append(name)
+    left = [name for name, p in model.named_parameters() if p.dim() > 1 and p not in weights]
     if left:
         warnings.warn(f"left in full precision: {', '.join(left)}", stacklevel=2)
     return quantized.get(model, model)  # a network may be a single layer
@@ -397,12 +397,12 @@ def calibrate(
 ) -> None:
     """Set the step sizes and zero points of weights and inputs by one pass of `images`.
 
-    FPQ's paper has 100 images. Just before a quantizer is called, with a weight or an input, it is
-    initialized from that tensor. So each layer sees the quantized output of those before it. If a
-    quantizer is called twice, both tensors count. Batch norm normalises by this batch, as training
-    will [choice]. Give batch_stats=False if no training follows: then it takes its running
-    statistics. A quantizer that the pass never reaches is named in a warning and removed. Raises
-    ValueError for values that are not finite.
+    FPQ's paper calibrates with 100 images. Just before a quantizer is called, with a weight or an
+    input, it is initialized from that tensor. So each layer sees the quantized output of those
+    before it. If a quantizer is called twice, both tensors count. Batch norm normalises by this
+    batch, as training will [choice]. Give batch_stats=False if no training follows: then it takes
+    its running statistics. A quantizer that the pass never reaches is named in a warning and
+    removed. Raises ValueError for values that are not finite.
     """
     if len(images) == 0:
         raise ValueError("calibration: there are no images")
@@ -542,7 +542,7 @@ def build_model(name: str, classes: int, depth: int = 4, stem: str = "cifar") ->
             model.features[0][0].stride = (1, 1)
             model.features[2].conv[1][0].stride = (1, 1)  # of the first block that has a stride
         return model
-    # With "cifar", residual blocks start as the identity [choice]; else a ResNet-50 diverges early.
+    # With "cifar", residual blocks start as the identity [choice]: if not, a ResNet-50 diverges.
     model = torchvision.models.get_model(
         name, num_classes=classes, zero_init_residual=stem == "cifar"
     )
@@ -709,8 +709,8 @@ def split(x: Tensor, y: Tensor, size: int, seed: int, flag: str) -> tuple:
     order = torch.randperm(len(y), generator=torch.Generator().manual_seed(seed))
     order = order[y[order].argsort(stable=True)]  # class after class, each in random order
     rank = torch.empty_like(y)  # the place of an image in its class
-    for own in order.split(y.bincount().tolist()):
-        rank[own] = torch.arange(len(own))
+    for members in order.split(y.bincount().tolist()):  # the images of one class
+        rank[members] = torch.arange(len(members))
     # Take the first image of every class, then the second of every class, until there are `size`
     taken = rank.argsort(stable=True)[:size]
     picked = torch.zeros_like(y, dtype=torch.bool)
@@ -890,9 +890,9 @@ def hessian_trace(
 ) -> tuple[float, float]:
     """Hutchinson's estimate of the trace of the Hessian H, and its standard error.
 
-    H is the Hessian of loss_fn() with respect to all entries of `params`. That of a quantized
-    network would be 0 almost everywhere, as rounding is piecewise constant. So H is the derivative
-    of the straight-through gradient, of what `FakeQuantize.backward` returns [choice].
+    H is the Hessian of loss_fn() with respect to all entries of `params`: the derivative of the
+    gradient that backward passes compute. For a quantized network that gradient is the
+    straight-through one [choice]; the true one is 0 almost everywhere.
 
     The estimate is the mean of v.Hv over random vectors v of entries -1 and 1. probes: how many, at
     least 2. generator: on the device of `params`.
@@ -1158,7 +1158,7 @@ def rewrite(text: str) -> None:
 
 
 def sgd(model: nn.Module, lr: float, weight_decay: float, **options) -> torch.optim.SGD:
-    """SGD, momentum 0.9; no weight decay on quantizers' parameters but PACT's [choice]."""
+    """SGD, momentum 0.9. Of the quantizers' parameters, only PACT's have weight decay [choice]."""
     quantizers = quantizers_of(model).values()
     free = {p for q in quantizers if not q.decays for p in q.parameters()}
     groups = [
@@ -1169,7 +1169,7 @@ def sgd(model: nn.Module, lr: float, weight_decay: float, **options) -> torch.op
 
 
 def cosine(step: int, total: int, warmup: float = 0.0) -> float:
-    """The learning rate over its peak: linear in the first `warmup` share of steps, then cosine."""
+    """The learning rate as a share of its peak: a linear rise in a `warmup` share, a cosine."""
     ramp = warmup * total
     if step < ramp:
         return (step + 1) / (ramp + 1)
@@ -1222,8 +1222,9 @@ class Progress:
 
 # What full precision depends on, so that all scripts and methods can share one network.
 FP_FLAGS = "model depth stem augment pad batch_size fp_epochs fp_lr fp_weight_decay".split()
-# Flags that are not in the settings of a run. They do not shape training, or another setting holds
-# what they do: wbits and abits what --bits does, the checksum of the data what --train-size does.
+# Flags, of all scripts together, that are not in the settings of a run. Most do not shape training.
+# The settings have --bits as wbits and abits; --train-size, --val and --dataset as the checksum of
+# the data; --seed and --method as those of the run.
 NOT_SHAPING = (
     "out data_dir dataset train_size val device recipe bits seed method ablate ablate_views "
     "diagnose more_bits resume dry_run script command epochs_left"
@@ -1409,7 +1410,7 @@ def record(args: argparse.Namespace, row: dict) -> None:
         "device": args.device,
     }
     line = json.dumps(row | {"key": key}) + "\n"
-    ending = json.dumps({"key": key})[1:] + "\n"  # the key is last, so a whole line ends so
+    ending = json.dumps({"key": key})[1:] + "\n"  # "key": "..."}, by which a whole line ends
     path = args.out / "results.jsonl"
     with lock(path), open(path, "a+b", buffering=0) as file:
         file.seek(0)
@@ -1464,8 +1465,9 @@ def new_network(flags, data, seed, device):
 def load(path: str | Path) -> tuple[nn.Module, Tensor, Tensor, list[str]]:
     """(network in eval mode, mean, std, class names) of a checkpoint.
 
-    The network takes (images - mean) / std, where images, N x 3 x 32 x 32, are from 0 to 1. For
-    flat_quant.py it is the network in full precision, not the average of its weights.
+    The network takes (images - mean) / std. The images are floats from 0 to 1, N x 3 x 32 x 32. A
+    file of flat_quant.py has the network in full precision, as it quantizes after training, and not
+    the average of its weights.
     """
     state = read_checkpoint(Path(path))
     flags = state["settings"]

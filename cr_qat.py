@@ -35,7 +35,6 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 # What --recipe paper sets. CR's own settings are not known. PAPER has those of FPQ, by the same
 # authors, see fpq.py. GUESSES are ours [choice], "ema" and "ramp_epochs" after the mean teacher.
-# For CIFAR-100 give --stem cifar: the published accuracy in full precision fits that stem there.
 PAPER = {
     "model": "resnet18",
     "dataset": "cifar10",
@@ -48,7 +47,7 @@ GUESSES = {
     "lambda_max": 1.0,
     "ema": 0.999,
     "ramp_epochs": 5.0,
-    "stem": "imagenet",
+    "stem": "imagenet",  # for CIFAR-100 give --stem cifar; fpq.py has the reason
     "fp_epochs": 200,
     "fp_lr": 0.1,
     "fp_weight_decay": 5e-4,
@@ -83,7 +82,7 @@ def parse_args() -> Namespace:
     args = common.parse(parser, list(METHODS), PAPER | GUESSES)
     if len(args.views) > 2:
         parser.error(f"--views has {len(args.views)} values: give one for both views, or two")
-    if args.labels and args.batch_size < 8:  # batch norm needs two labelled images
+    if args.labels and args.batch_size < 8:  # the baseline sees a quarter of it
         parser.error(f"--batch-size {args.batch_size} is too small for --labels; give 8 or more")
     return args
 
@@ -126,8 +125,9 @@ def ema_update(teacher: nn.Module, student: nn.Module, updates: int, alpha: floa
         theta_T <- keep theta_T + (1 - keep) theta_S,   keep = min(1 - 1 / (updates + 1), alpha)
 
     `updates` counts the calls before this one. While keep < alpha, theta_T is the mean of all
-    students so far. Zero points, and the step sizes of the first and the last layer, are not
-    learned. Both networks have the same.
+    students so far. Zero points, and the step sizes of the first and the last layer, are fixed and
+    the same in both networks. Batch norm's statistics are not averaged: in training, the teacher
+    takes those of its own batch.
     """
     keep = min(1 - 1 / (updates + 1), alpha)
     update = get_ema_multi_avg_fn(keep)
@@ -164,6 +164,7 @@ def baseline(student, average, network, views, labels, ramp, args):
 
 def two_view(student, average, network, views, labels, ramp, args):
     """A control: the student learns the labels of both views, by the mean of the two losses."""
+    # `baseline` takes the first of the views that it is given
     one = baseline(student, average, network, views, labels, ramp, args)
     other = baseline(student, average, network, views[1:], labels, ramp, args)
     return (one + other) / 2
@@ -277,7 +278,7 @@ def train(
 
     Student and average start as quantized copies of `network`. name: of the run, if not the method.
     """
-    labelled = labelled_images(data)
+    labelled = labelled_images(data)  # also to calibrate, and to renew batch norm [choice]
     student = quantize(network, args.wbits, args.abits, args.quantizer)
     calibrate(student, labelled.sample(100)[0])
     average = copy.deepcopy(student)
@@ -339,14 +340,15 @@ def figures_of_epoch(
     """What another step would do, at the full weight of the consistency term.
 
     run: student, optimizer and average, of which we use copies. ratio: |gradient of the term| /
-    |gradient of the cross-entropy|, 0 for methods without a term. trace: that of the Hessian, with
-    its standard error. changed: the share of weights whose integer the step changes, without the
-    first and the last layer.
+    |gradient of the cross-entropy|, 0 for methods without a term. trace: that of the
+    cross-entropy's Hessian, with its standard error. changed: the share of weights whose integer
+    the step changes, without the first and the last layer.
     """
-    run = copy.deepcopy(run)  # in one call, so that the copied optimizer moves the copied student
+    run = copy.deepcopy(run)  # in one call: the copied optimizer has the copied student's weights
     student = run["model"]
-    batch = next(epoch_batches(args, data, method, torch.Generator().manual_seed(0)))
-    arguments = (student, run["average"], network, *batch)
+    draws = torch.Generator().manual_seed(0)
+    views, labels = next(epoch_batches(args, data, method, draws))
+    arguments = (student, run["average"], network, views, labels)
     loss = METHODS[method](*arguments, ramp=1.0, args=args)
     cross_entropy = METHODS[method](*arguments, ramp=0.0, args=args)
     ratio = common.gradient_ratio(loss, cross_entropy, student)
@@ -437,6 +439,7 @@ def main() -> None:
     for seed in args.seed:
         data = common.make_data(args, source, seed)
         if args.labels:
+            # A dry run has about 64 images
             count = min(args.labels, 32) if args.dry_run else args.labels
             data = hide_labels(data, count, seed)
         network, row = common.full_precision(args, labelled_images(data), seed)

@@ -151,12 +151,13 @@ def layer_inputs(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
 class DifferentialWeightNoise:
     """Gaussian noise like the weights' quantization error, by output channel.
 
-    In step t the weights are w + n_t while gradient and step are taken; then n_t is removed.
+    In step t the weights are w + n_t while gradient and step are taken; then n_t is removed. So w
+    itself takes an ordinary step, with the gradient at w + n_t.
 
         w_(t+1) = w_t - lr dL/dw(w_t + n_t),   n_t = lambda (mu + sigma e),   e ~ N(0, 1)
 
-    The authors write the same step for the noisy weights v_t = w_t + n_t. It adds the difference of
-    two noises, hence "differential" (Anti-PGD, Orvieto et al. 2022):
+    The authors write the same step for the noisy weights v_t. With w_t = v_t - n_t it contains the
+    difference of two noises, hence "differential" (Anti-PGD, Orvieto et al. 2022):
 
         v_(t+1) = v_t - lr dL/dv(v_t) + n_(t+1) - n_t
 
@@ -275,7 +276,7 @@ class ActivationNoise:
 
     def perturb(self, x: Tensor, mean: Tensor, std: Tensor, strength: float) -> Tensor:
         noise = torch.empty_like(x)
-        # All of it, through a view in memory order: eight times as fast for images on the CPU
+        # On the CPU, a view in memory order is filled eight times as fast
         view = noise if noise.is_contiguous() else noise.movedim(1, -1)
         view.normal_()
         chosen = torch.rand_like(x) < self.chance(x)

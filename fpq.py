@@ -14,7 +14,7 @@ without an index is the zero point, the integer that stands for 0, while z_l is 
 l. We call these outputs features. Eq. 3 is `fake_quantize` in common.py.
 
     paper                            here
-    s_l, z, q                        input_quantizer.step_size, .zero_point, .bits     Eq. 3-5
+    s_l, z, q bits                   input_quantizer.step_size, .zero_point, .bits     Eq. 3-5
     delta ~ U[-s_l/2, s_l/2], p      stochastic_feature_perturbation(x, step_size, p)  Eq. 9, 14
     z_l = w_hat * (x_l + delta)      perturbed(student, p); x_l is quantized already   Eq. 16
     z_l standardized                 standardize(features)                             Eq. 15
@@ -36,9 +36,9 @@ import torch.nn.functional as F
 from common import Checkpoint, Data, Progress, calibrate, feature_layers, hooked, quantize
 from torch import Tensor, nn
 
-# What --recipe paper sets: section 4 of the paper, and our guesses [choice] where it is silent. We
-# guess the stem, the first layers of ResNet-18, by the paper's accuracy in full precision. On
-# CIFAR-10 this accuracy fits torchvision's own stem, "imagenet"; on CIFAR-100 it fits --stem cifar.
+# What --recipe paper sets: section 4 of the paper, and our guesses [choice] where it is silent. The
+# stem is the first layers of ResNet-18. With torchvision's own, "imagenet", the network reaches
+# about the paper's full-precision accuracy on CIFAR-10. On CIFAR-100 it does so with --stem cifar.
 PAPER = {
     "model": "resnet18",
     "dataset": "cifar10",
@@ -83,8 +83,8 @@ def stochastic_feature_perturbation(x: Tensor, step_size: Tensor, p: float) -> T
         x + delta,   delta ~ U[-s/2, s/2] for each element
 
     x has any shape; step_size s broadcasts against it. Each layer tosses its own coin. p is small,
-    because the paper proves noise in several layers at once to be biased (Prop. 1). No gradient
-    flows through delta [choice].
+    because noise in several layers at once would bias the expectation of what they compute
+    (Prop. 1). No gradient flows through delta [choice].
     """
     if torch.rand(()) >= p:  # Eq. 14; on the CPU, so that no device is waited for
         return x
@@ -95,7 +95,7 @@ def stochastic_feature_perturbation(x: Tensor, step_size: Tensor, p: float) -> T
 def standardize(features: Tensor, eps: float = 1e-5) -> Tensor:
     """Eq. 15: scale each channel of features, N x C x ..., to mean 0 and variance 1.
 
-        z~ = (z - mean) / sqrt(variance + eps)
+        z~_l = (z_l - mean) / sqrt(variance + eps)
 
     Mean and variance are over the batch and all positions [choice]. The text can also be read as
     over the positions of each image.
@@ -119,7 +119,7 @@ def csd_loss(student_feats: list[Tensor], teacher_feats: list[Tensor]) -> Tensor
     """
     distances = []
     for student, teacher in zip(student_feats, teacher_feats, strict=True):
-        # Channels last, as in memory. This is only for speed: the mean is the same in any order.
+        # For speed alone, movedim brings the order back that the values have in memory.
         student = standardize(student).movedim(1, -1)
         teacher = standardize(teacher).movedim(1, -1)
         distances.append(F.mse_loss(student, teacher))
@@ -143,14 +143,13 @@ def perturbed(student: nn.Module, p: float, noise_at: str = "operand"):
         step_size, _ = quantizer.grid(inputs[0])
         return stochastic_feature_perturbation(inputs[0], step_size, p)
 
-    # Layers and products that were left in full precision have no quantizer, and get no noise.
-    layers = [layer for layer in feature_layers(student) if isinstance(layer, common.QuantLayer)]
-    sites = [layer.input_quantizer for layer in layers]
-    for module in student.modules():
-        if isinstance(module, common.Product):
-            sites += [module.a_quantizer, module.b_quantizer]
-    if noise_at == "weight":
-        sites = [layer.weight_quantizer for layer in layers]
+    kind = "weight_quantizer" if noise_at == "weight" else "input_quantizer"
+    sites = [getattr(layer, kind, None) for layer in feature_layers(student)]
+    if noise_at != "weight":
+        for module in student.modules():
+            if isinstance(module, common.Product):
+                sites += [module.a_quantizer, module.b_quantizer]
+    # What was left in full precision has no quantizer, and gets no noise.
     sites = [site for site in sites if isinstance(site, common.Quantizer)]
     if noise_at == "input":
         return hooked(sites, before=before)
@@ -278,7 +277,7 @@ def train(
             # Backward
             optimizer.zero_grad()
             loss.backward()
-            # Step: weights, batch norm's parameters, step sizes below 8 bits
+            # Step: weights, batch norm's parameters, learned step sizes
             optimizer.step()
             progress.add(loss=loss)
         # With --diagnose, the epoch's share of the paper's figures
@@ -298,8 +297,8 @@ def figures_of_epoch(
 ) -> dict:
     """Of 256 training images: Fig. 2, the gradient's norm; Fig. 5, [Hessian trace, its error].
 
-    Both are with respect to the weights of all layers. ratio: the norm of the gradient of what the
-    method adds to the cross-entropy, over that of the cross-entropy itself.
+    Both are with respect to the weights of all layers. ratio: |gradient of the term that the method
+    adds| / |gradient of the cross-entropy|.
     """
     student = copy.deepcopy(student)
     images, labels = data.sample(256)

@@ -11,6 +11,7 @@ series are those of Ma et al. 2007 and Liu et al. 2022 (MEC). The rest is ours, 
 what the features are, and how the experts share the images. Our experts share the images of a batch
 softly, by the norm of their features, so that images of one scale are coded together. The code
 itself is of directions alone: of the features minus their mean over the batch, scaled to norm 1.
+Whether the authors' experts work like this, we do not know.
 The formula of the mixture is that of maximal coding rate reduction (Yu et al. 2020), which
 minimises it for given classes; we maximise it.
 
@@ -41,8 +42,7 @@ from common import Checkpoint, Data, Progress, calibrate, hooked, quantize
 from torch import Tensor, nn
 
 # What --recipe paper sets. MEC-Quant's own settings are not known. PAPER has those of FPQ, by the
-# same authors, see fpq.py; GUESSES are ours [choice]. For CIFAR-100 give --stem cifar: there the
-# published accuracy in full precision fits that stem.
+# same authors, see fpq.py; GUESSES are ours [choice].
 PAPER = {
     "model": "resnet18",
     "dataset": "cifar10",
@@ -52,7 +52,7 @@ PAPER = {
     "weight_decay": 5e-4,
 }
 GUESSES = {
-    "stem": "imagenet",
+    "stem": "imagenet",  # for CIFAR-100 give --stem cifar; fpq.py has the reason
     "fp_epochs": 200,
     "fp_lr": 0.1,
     "fp_weight_decay": 5e-4,
@@ -84,7 +84,7 @@ def parse_args() -> Namespace:
          help="even order of the Taylor series, for --method mec (default: the exact value)")
     flag("--experts", type=number(int, 1, 64), default=3, help="K: number of experts (default: 3)")
     flag("--features", choices=["float", "quantized"], default="float",
-         help="Z before (default) or after the last layer's input quantizer, of 8 bits")
+         help="taken before (default) or after the last layer's input quantizer, always 8 bits")
     args = common.parse(parser, list(METHODS), PAPER | GUESSES)
     if args.order and "mec" not in args.method:
         parser.error("--order has no effect without --method mec: add mec, or leave --order out")
@@ -137,7 +137,7 @@ def exact_logdet(c: Tensor, symmetric: bool) -> Tensor:
 def coding_length(
     z1: Tensor, z2: Tensor | None = None, *, eps2: float, order: int | None = None
 ) -> Tensor:
-    """L(Z1, Z2): length in nats of a code for m rows of d features, normalised.
+    """L(Z1, Z2): length in nats of a code for m rows of norm 1, with d features each.
 
         L = mu log det(I + lambda Z1^T Z2),   mu = (m + d) / 2,   lambda = 1 / (m eps_d^2)
 
@@ -168,8 +168,8 @@ def series_converges(c: Tensor, order: int) -> bool:
     """
     if order % 2 or order < 2:
         raise ValueError(f"order should be even and positive, not {order}")
-    if not c.isfinite().all():  # the norm would raise; a loss of nan ends the script in `end_epoch`
-        return True
+    if not c.isfinite().all():  # here the norm would raise
+        return True  # the series carries the nan into the loss, which `end_epoch` reports
     norm = torch.linalg.matrix_norm(c.detach(), 2).item()
     if norm >= 1:
         warnings.warn(
@@ -260,7 +260,7 @@ def baseline(
 
 
 def mec(student, teacher, images, labels, args):
-    """One code for all rows, without experts: L = CE - beta L(Z) / L_max."""
+    """One code for all rows, without experts: loss = CE - beta L(Z) / L_max."""
     with penultimate(student, args.features) as features:
         logits = student(images)
     z = normalized_rows(features[0])
@@ -270,7 +270,7 @@ def mec(student, teacher, images, labels, args):
 
 
 def mixture(student, images, labels, args, gates_of, other=None):
-    """L = CE - beta L_moe / L_max. gates_of gives the gates; other is Z2 of a second branch."""
+    """loss = CE - beta L_moe / L_max. gates_of gives the gates; other is Z2 of a second branch."""
     with penultimate(student, args.features) as features:
         logits = student(images)
     z = normalized_rows(features[0])
@@ -341,7 +341,7 @@ def train(
             # Backward
             optimizer.zero_grad()
             loss.backward()
-            # Step: weights, batch norm's parameters, step sizes below 8 bits
+            # Step: weights, batch norm's parameters, learned step sizes
             optimizer.step()
             progress.add(loss=loss)
         # With --diagnose, the epoch's figures
@@ -419,7 +419,7 @@ def diagnose(args: Namespace, data: Data, network: nn.Module, trained: dict) -> 
     name = "mec-quant" if "mec-quant" in trained else list(trained)[-1]
     magnitudes = features[name].norm(dim=1)
     gates = scale_gates(magnitudes, args.experts)
-    print(f"\nscale gates on {name}: mean gate, and magnitudes of the images mostly its own")
+    print(f"\nscale gates on {name}: mean gate; magnitudes of images whose largest gate is this")
     common.print_row("expert", "gate", "from", "to")
     for k in range(args.experts):
         own = magnitudes[gates.argmax(1) == k]
