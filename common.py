@@ -3,7 +3,7 @@
 "The paper" is that of FPQ, feature-perturbed quantization (arXiv 2503.11159). All four scripts use
 its quantizers; equation numbers are its own. [choice] marks a decision of ours.
 
-    1. Quantizers    what a reader of a paper needs: fake_quantize, Quantizer, quantize, calibrate
+    1. Quantizers    fake_quantize, Quantizer, quantize, calibrate: enough to follow a script
     2. Networks      build_model
     3. Data          read_images, make_data, Data
     4. Evaluation    evaluate, hessian_trace, hessian_top_eigenvalue, sam_loss
@@ -119,7 +119,7 @@ class Quantizer(nn.Module):
     used.
 
     At 8 bits the step size is a buffer and stays as calibrated [choice]. With LSQ's gradient it
-    moves too fast: in our trials it grew ninefold. Raises ValueError if bits are not from 1 to 8
+    grew ninefold in our trials. We do not know why. Raises ValueError if bits are not from 1 to 8
     or, with `channels`, from 2 to 8.
     """
 
@@ -158,9 +158,9 @@ class Quantizer(nn.Module):
 
         The gradient of s is a sum over N elements. Without this factor a step size would move much
         faster, relative to its size, than weights do. For activations N counts the whole batch, as
-        in MQBench, the library that the papers build on; LSQ's text counts one image [choice]. For
-        weights LSQ's q_max is 2^(bits - 1) - 1, as its integers are signed. Ours begin at 0, and z
-        shifts them [choice].
+        in MQBench, the library that the papers build on; LSQ's text counts one image [choice]. We
+        take q_max = 2^bits - 1 for weights as well [choice]. LSQ has 2^(bits - 1) - 1, as its
+        integers for weights are signed.
         """
         sharing = max(1, x.numel() // self.step_size.numel())
         return (sharing * self.qmax) ** -0.5
@@ -184,13 +184,12 @@ class Quantizer(nn.Module):
         rows = spaced_values(x, self.channels or 1)
         low = rows.amin(1).clamp_max(0)
         high = rows.amax(1).clamp_min(0)
-        # A channel of zeros has no range. At first it gets the one from -widest to 0.
+        # 0 has to lie below the upper bound, or an x of 0 has no gradient and never grows. So a
+        # range without values above 0 gets one level there, which makes z = q_max - 1. A channel of
+        # zeros first gets -widest as its lower end.
         width = high - low
         widest = width.max() if width.max() > TINY else 1
         low = torch.where(width > TINY, low, -widest)
-        # Where nothing is above 0, we add one level there: high = S, so that z = q_max - 1. With
-        # z = q_max an x of 0 would be on the upper bound, have no gradient, and never grow. On the
-        # lower bound, z = 0, are the zeros of a ReLU, which need no gradient.
         if self.bits > 1:
             high = torch.where(high > 0, high, -low / (self.qmax - 1))
         S = (high - low) / self.qmax  # Eq. 4
@@ -222,7 +221,7 @@ def spaced_values(x: Tensor, channels: int, most: int = 65536) -> Tensor:
 def scale_gradient(t: Tensor, scale: float | Tensor) -> Tensor:
     """Return t; the gradient that flows back to it is multiplied by `scale`."""
     scaled = t * scale
-    return t.detach() + (scaled - scaled.detach())  # forward: t + 0; backward: scale
+    return t.detach() + (scaled - scaled.detach())  # the bracket is 0, but has the gradient
 
 
 class LSQPlus(Quantizer):
@@ -249,10 +248,13 @@ class PACT(Quantizer):
         x_hat = round(clip(x, 0, alpha) / s) * s,   s = alpha / n,   n = q_max - z
         dx_hat/dalpha = 1 where x >= alpha, else 0
 
-    The parameter is s, not alpha = n s. A step of s moves alpha n times as far, and dL/ds is
-    n dL/dalpha. We divide the gradient of s by both, by n^2, so that alpha moves as if it were the
-    parameter. alpha starts where LSQ's grid ends. If the data are signed, we clip at -z s as well,
-    and values below that move s too [choices].
+    The parameter is s, not alpha = n s. We divide the gradient of s by n^2. Then a step at the rate
+    lr moves alpha as if it were the parameter:
+
+        n (-lr dL/ds / n^2) = -lr dL/dalpha,   as dL/ds = n dL/dalpha
+
+    alpha starts where LSQ's grid ends. If the data are signed, we clip at -z s as well, and values
+    below that move s too [choices].
     """
 
     decays = True  # as in PACT's paper: weight decay keeps alpha, and so the rounding error, small
@@ -491,7 +493,10 @@ def mobilenet_v1(classes: int, stem: str) -> nn.Module:
 
 
 class Attention(nn.Module):
-    """Self-attention of N x T x width, called as torch's own. `quantize` finds its `Product`s."""
+    """Self-attention of N x T x width, called as torch's own, nn.MultiheadAttention, is.
+
+    `quantize` finds its `Product`s.
+    """
 
     def __init__(self, width: int, heads: int):
         super().__init__()
@@ -681,7 +686,7 @@ def make_data(args: argparse.Namespace, images: tuple, seed: int) -> Data:
     return Data(
         name=name,
         class_names=class_names,
-        train_padded=F.pad(x, (0, 0, pad, pad, pad, pad)).to(args.device),  # no colours are added
+        train_padded=F.pad(x, (0, 0, pad, pad, pad, pad)).to(args.device),  # (0, 0): not colours
         train_labels=y.to(args.device),
         test_images=test_x.to(args.device),
         test_labels=test_y.to(args.device),
@@ -707,11 +712,12 @@ def split(x: Tensor, y: Tensor, size: int, seed: int, flag: str) -> tuple:
             f"{len(y) - 1}, all training images but one"
         )
     order = torch.randperm(len(y), generator=torch.Generator().manual_seed(seed))
-    order = order[y[order].argsort(stable=True)]  # class after class, each in random order
-    rank = torch.empty_like(y)  # the place of an image in its class
-    for members in order.split(y.bincount().tolist()):  # the images of one class
+    # Take the first image of every class, then the second of every class, until there are `size`.
+    # rank: which image of its class an image is. First we sort by class, at random within a class.
+    by_class = order[y[order].argsort(stable=True)]
+    rank = torch.empty_like(y)
+    for members in by_class.split(y.bincount().tolist()):
         rank[members] = torch.arange(len(members))
-    # Take the first image of every class, then the second of every class, until there are `size`
     taken = rank.argsort(stable=True)[:size]
     picked = torch.zeros_like(y, dtype=torch.bool)
     picked[taken] = True
@@ -890,9 +896,9 @@ def hessian_trace(
 ) -> tuple[float, float]:
     """Hutchinson's estimate of the trace of the Hessian H, and its standard error.
 
-    H is the Hessian of loss_fn() with respect to all entries of `params`: the derivative of the
-    gradient that backward passes compute. For a quantized network that gradient is the
-    straight-through one [choice]; the true one is 0 almost everywhere.
+    H is the Hessian of loss_fn() with respect to all entries of `params`, the derivative of its
+    gradient. The gradient of a quantized network is straight-through, from `FakeQuantize.backward`,
+    and so H is that gradient's derivative [choice].
 
     The estimate is the mean of v.Hv over random vectors v of entries -1 and 1. probes: how many, at
     least 2. generator: on the device of `params`.
@@ -943,7 +949,7 @@ def sharpness(model: nn.Module, data: Data, probes: int = 4, iters: int = 0) -> 
 
 
 def gradient_ratio(loss: Tensor, cross_entropy: Tensor, model: nn.Module) -> float:
-    """How strong a term is that a method adds to the cross-entropy:
+    """The strength of what a method adds to the cross-entropy, as a ratio of gradients:
 
         |grad (loss - cross_entropy)| / |grad cross_entropy|
 
@@ -1160,16 +1166,19 @@ def rewrite(text: str) -> None:
 def sgd(model: nn.Module, lr: float, weight_decay: float, **options) -> torch.optim.SGD:
     """SGD, momentum 0.9. Of the quantizers' parameters, only PACT's have weight decay [choice]."""
     quantizers = quantizers_of(model).values()
-    free = {p for q in quantizers if not q.decays for p in q.parameters()}
+    undecayed = {p for q in quantizers if not q.decays for p in q.parameters()}
     groups = [
-        {"params": [p for p in model.parameters() if p not in free]},
-        {"params": [p for p in model.parameters() if p in free], "weight_decay": 0},
+        {"params": [p for p in model.parameters() if p not in undecayed]},
+        {"params": [p for p in model.parameters() if p in undecayed], "weight_decay": 0},
     ]
     return torch.optim.SGD(groups, lr, momentum=0.9, weight_decay=weight_decay, **options)
 
 
 def cosine(step: int, total: int, warmup: float = 0.0) -> float:
-    """The learning rate as a share of its peak: a linear rise in a `warmup` share, a cosine."""
+    """The learning rate as a share of its peak.
+
+    It rises linearly in the first `warmup` share of all steps, then falls to 0 as a cosine.
+    """
     ramp = warmup * total
     if step < ramp:
         return (step + 1) / (ramp + 1)
@@ -1203,7 +1212,7 @@ class Progress:
         self.shown = self.started
 
     def add(self, **losses: Tensor) -> None:
-        """Count one step and its losses. Only the line waits for the device, once a second."""
+        """Count one step and its losses. Only printing waits for the device, once a second."""
         self.done += 1
         for name, value in losses.items():
             self.sums[name] = self.sums.get(name, 0) + value.detach()
@@ -1222,10 +1231,10 @@ class Progress:
 
 # What full precision depends on, so that all scripts and methods can share one network.
 FP_FLAGS = "model depth stem augment pad batch_size fp_epochs fp_lr fp_weight_decay".split()
-# Flags, of all scripts together, that are not in the settings of a run. Most do not shape training.
-# The settings have --bits as wbits and abits; --train-size, --val and --dataset as the checksum of
-# the data; --seed and --method as those of the run.
-NOT_SHAPING = (
+# Flags of the scripts that are not settings of a run. Most do not shape training. Others have their
+# effect in a setting: --bits in wbits and abits; --train-size, --val and --dataset in the checksum
+# of the data; --seed and --method in those of the run.
+NOT_SETTINGS = (
     "out data_dir dataset train_size val device recipe bits seed method ablate ablate_views "
     "diagnose more_bits resume dry_run script command epochs_left"
 ).split()
@@ -1235,7 +1244,7 @@ class Checkpoint:
     """One training run in one file, written whole after each epoch.
 
     `parts` are all that training changes, "model" and "optimizer" at least. `settings` are method,
-    seed, a checksum of the data, and all flags but those in NOT_SHAPING. For full precision, which
+    seed, a checksum of the data, and all flags but those in NOT_SETTINGS. For full precision, which
     all methods and scripts share, only the flags in FP_FLAGS count. The file's name ends in a hash
     of the settings, so that runs of other settings have other files. Code is not among them: after
     a change of code, delete old files.
@@ -1250,7 +1259,7 @@ class Checkpoint:
         self.parts = parts
         self.history = []
         self.results = {}
-        flags = FP_FLAGS if shared else sorted(vars(args).keys() - set(NOT_SHAPING))
+        flags = FP_FLAGS if shared else sorted(vars(args).keys() - set(NOT_SETTINGS))
         self.settings = {"method": method, "seed": seed, "data": data.fingerprint}
         self.settings |= {flag: getattr(args, flag) for flag in flags}
         self.name = f"{method}-{args.model}-{data.name.replace(' ', '-')}-s{seed}"
@@ -1362,8 +1371,8 @@ def finish(
 
     First, one fixed pass over the training images renews batch norm's statistics [choice]. Training
     leaves those of its last batches, which can change accuracy by a point. cr_qat.py and
-    flat_quant.py also evaluate an average of the network's weights: `model`, which the results call
-    `method`.
+    flat_quant.py also evaluate an average of the network's weights. They pass it as `model`, and
+    its name in the results as `method`.
     """
     args = checkpoint.args
     data = checkpoint.data
@@ -1410,7 +1419,7 @@ def record(args: argparse.Namespace, row: dict) -> None:
         "device": args.device,
     }
     line = json.dumps(row | {"key": key}) + "\n"
-    ending = json.dumps({"key": key})[1:] + "\n"  # "key": "..."}, by which a whole line ends
+    ending = json.dumps({"key": key})[1:] + "\n"  # of a line with this row, unless it was cut off
     path = args.out / "results.jsonl"
     with lock(path), open(path, "a+b", buffering=0) as file:
         file.seek(0)
@@ -1465,9 +1474,10 @@ def new_network(flags, data, seed, device):
 def load(path: str | Path) -> tuple[nn.Module, Tensor, Tensor, list[str]]:
     """(network in eval mode, mean, std, class names) of a checkpoint.
 
-    The network takes (images - mean) / std. The images are floats from 0 to 1, N x 3 x 32 x 32. A
-    file of flat_quant.py has the network in full precision, as it quantizes after training, and not
-    the average of its weights.
+    The network takes (images - mean) / std. The images are floats from 0 to 1, N x 3 x 32 x 32.
+    From a file of flat_quant.py, which quantizes after training, you get the network in full
+    precision. It is the one of the last epoch; the average of its weights is in the file, but not
+    read.
     """
     state = read_checkpoint(Path(path))
     flags = state["settings"]

@@ -33,9 +33,9 @@ from common import Checkpoint, Data, Progress, calibrate, hooked, quantize
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-# What --recipe paper sets. CR's own settings are not known. PAPER has those of FPQ, by the same
-# authors, see fpq.py. GUESSES are ours [choice], "ema" and "ramp_epochs" after the mean teacher.
-PAPER = {
+# What --recipe paper sets. CR's own settings are not known, so these are FPQ's, a paper by the same
+# authors; see fpq.py. GUESSES are ours [choice], "ema" and "ramp_epochs" after the mean teacher.
+FPQ_SETTINGS = {
     "model": "resnet18",
     "dataset": "cifar10",
     "batch_size": 256,
@@ -47,7 +47,7 @@ GUESSES = {
     "lambda_max": 1.0,
     "ema": 0.999,
     "ramp_epochs": 5.0,
-    "stem": "imagenet",  # for CIFAR-100 give --stem cifar; fpq.py has the reason
+    "stem": "imagenet",  # it fits FPQ's results on CIFAR-10; for CIFAR-100 --stem cifar does
     "fp_epochs": 200,
     "fp_lr": 0.1,
     "fp_weight_decay": 5e-4,
@@ -79,7 +79,7 @@ def parse_args() -> Namespace:
          help="keep so many labels (default: all); an epoch is one pass over those images")
     flag("--ablate-views", action="store_true",
          help="also train cr with each augmentation that --views knows")
-    args = common.parse(parser, list(METHODS), PAPER | GUESSES)
+    args = common.parse(parser, list(METHODS), FPQ_SETTINGS | GUESSES)
     if len(args.views) > 2:
         parser.error(f"--views has {len(args.views)} values: give one for both views, or two")
     if args.labels and args.batch_size < 8:  # the baseline sees a quarter of it
@@ -131,7 +131,7 @@ def ema_update(teacher: nn.Module, student: nn.Module, updates: int, alpha: floa
     """
     keep = min(1 - 1 / (updates + 1), alpha)
     update = get_ema_multi_avg_fn(keep)
-    update(list(teacher.parameters()), list(student.parameters()), None)  # None is not used
+    update(list(teacher.parameters()), list(student.parameters()), None)  # a count, not used
 
 
 def distort(images: Tensor, name: str) -> Tensor:
@@ -243,7 +243,7 @@ def mixed_order(labels: Tensor, batch_size: int, draws: torch.Generator) -> Tens
     unknown = (labels < 0).nonzero().flatten()
     known = known[torch.randperm(len(known), generator=draws)]
     steps = max(1, len(known) // quarter)
-    if len(known) < quarter:  # too few for one batch: more than enough copies, cut below
+    if len(known) < quarter:  # too few for the only step, so they are repeated until they fill it
         known = known.repeat(quarter)
     known = known[: steps * quarter]
     chosen = torch.randint(len(unknown), (steps, batch_size - quarter), generator=draws)
@@ -278,7 +278,7 @@ def train(
 
     Student and average start as quantized copies of `network`. name: of the run, if not the method.
     """
-    labelled = labelled_images(data)  # also to calibrate, and to renew batch norm [choice]
+    labelled = labelled_images(data)  # they alone calibrate, and renew batch norm [choice]
     student = quantize(network, args.wbits, args.abits, args.quantizer)
     calibrate(student, labelled.sample(100)[0])
     average = copy.deepcopy(student)

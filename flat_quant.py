@@ -100,7 +100,7 @@ def error_decomposition(layer: nn.Module, x: Tensor) -> dict[str, float]:
         AQE = ||W dx||^2,   WQE = ||dW x||^2
         total = ||W_hat x_hat - W x||^2 = AQE + WQE + cross
 
-    All are over ||W x||^2. x: a batch of the layer's inputs. The layer is calibrated.
+    All are divided by ||W x||^2. x: a batch of the layer's inputs. The layer is calibrated.
     """
     w = layer.weight
     dw = layer.weight_quantizer(w) - w
@@ -152,12 +152,13 @@ class DifferentialWeightNoise:
     """Gaussian noise like the weights' quantization error, by output channel.
 
     In step t the weights are w + n_t while gradient and step are taken; then n_t is removed. So w
-    itself takes an ordinary step, with the gradient at w + n_t.
+    itself takes an ordinary step, with the gradient at w + n_t. Only weight decay notices whether
+    n_t is removed after the step, as here, or before it.
 
         w_(t+1) = w_t - lr dL/dw(w_t + n_t),   n_t = lambda (mu + sigma e),   e ~ N(0, 1)
 
-    The authors write the same step for the noisy weights v_t. With w_t = v_t - n_t it contains the
-    difference of two noises, hence "differential" (Anti-PGD, Orvieto et al. 2022):
+    The authors write the same step for the noisy weights v_t = w_t + n_t. Put in above, this gives
+    a difference of two noises, hence "differential" (Anti-PGD, Orvieto et al. 2022):
 
         v_(t+1) = v_t - lr dL/dv(v_t) + n_(t+1) - n_t
 
@@ -204,7 +205,7 @@ class DifferentialWeightNoise:
 class AdditiveWeightNoise(DifferentialWeightNoise):
     """The same noise, removed before the step instead of after it [choice].
 
-    Only weight decay can tell the two apart: here it shrinks w, there w + n_t.
+    Weight decay then shrinks w, not w + n_t.
     """
 
     def before_step(self) -> None:
@@ -276,7 +277,7 @@ class ActivationNoise:
 
     def perturb(self, x: Tensor, mean: Tensor, std: Tensor, strength: float) -> Tensor:
         noise = torch.empty_like(x)
-        # On the CPU, a view in memory order is filled eight times as fast
+        # channels_last memory is filled eight times as fast through a view, N x H x W x C
         view = noise if noise.is_contiguous() else noise.movedim(1, -1)
         view.normal_()
         chosen = torch.rand_like(x) < self.chance(x)

@@ -10,18 +10,18 @@ pulls the output of each layer but the classifier towards that of the full-preci
 teacher, after standardizing both.
 
 The equations are the paper's. What it leaves open is ours and marked [choice]. In the paper, z
-without an index is the zero point, the integer that stands for 0, while z_l is the output of layer
-l. We call these outputs features. Eq. 3 is `fake_quantize` in common.py.
+without an index is the zero point of Eq. 3, which is `fake_quantize` in common.py. z_l is the
+output of layer l. We call these outputs features.
 
     paper                            here
     s_l, z, q bits                   input_quantizer.step_size, .zero_point, .bits     Eq. 3-5
     delta ~ U[-s_l/2, s_l/2], p      stochastic_feature_perturbation(x, step_size, p)  Eq. 9, 14
-    z_l = w_hat * (x_l + delta)      perturbed(student, p); x_l is quantized already   Eq. 16
+    z_l = w_hat * (x_l + delta)      perturbed(student, p); w_hat, x_l are quantized   Eq. 16
     z_l standardized                 standardize(features)                             Eq. 15
     L_CSD                            csd_loss(student_feats, teacher_feats)            Eq. 17
     L = L_CE + L_CSD                 fpq(student, teacher, images, labels, args)       Eq. 22
 
-    python fpq.py --bits 2                         full precision, baseline (LSQ), FPQ
+    python fpq.py --bits 2                         full precision; LSQ, the baseline; FPQ
     python fpq.py --bits 2 --ablate --diagnose     all methods, the paper's figures as numbers
 """
 
@@ -82,9 +82,9 @@ def stochastic_feature_perturbation(x: Tensor, step_size: Tensor, p: float) -> T
 
         x + delta,   delta ~ U[-s/2, s/2] for each element
 
-    x has any shape; step_size s broadcasts against it. Each layer tosses its own coin. p is small,
-    because noise in several layers at once would bias the expectation of what they compute
-    (Prop. 1). No gradient flows through delta [choice].
+    x has any shape; step_size s broadcasts against it. Each layer tosses its own coin, so that
+    noise is seldom in many layers at once, which Prop. 1 of the paper warns of. No gradient flows
+    through delta [choice].
     """
     if torch.rand(()) >= p:  # Eq. 14; on the CPU, so that no device is waited for
         return x
@@ -119,7 +119,7 @@ def csd_loss(student_feats: list[Tensor], teacher_feats: list[Tensor]) -> Tensor
     """
     distances = []
     for student, teacher in zip(student_feats, teacher_feats, strict=True):
-        # For speed alone, movedim brings the order back that the values have in memory.
+        # movedim undoes the last one in `standardize`: the mean is the same, and found faster
         student = standardize(student).movedim(1, -1)
         teacher = standardize(teacher).movedim(1, -1)
         distances.append(F.mse_loss(student, teacher))
@@ -253,7 +253,7 @@ def train(
     The full-precision `network` is the teacher and stays as it is. The student is a quantized copy.
     """
     teacher = network.eval()
-    student = quantize(network, args.wbits, args.abits, args.quantizer)
+    student = quantize(network, args.wbits, args.abits, args.quantizer)  # first, last layer: 8 bits
     calibrate(student, data.sample(100)[0])  # Eq. 4-5
     optimizer = common.sgd(student, args.lr, args.weight_decay)
     checkpoint = Checkpoint(
@@ -264,7 +264,7 @@ def train(
 
     for epoch in range(done, args.epochs):
         student.train()
-        # Random numbers: torch's own generator for the noise, `draws` for the batches
+        # This seeds torch's own generator, for the noise, and returns one for the batches
         draws = common.epoch_draws("training", seed, epoch)
         progress = Progress(f"{method:<9} seed {seed}  epoch {epoch + 1}/{args.epochs}", steps)
         batches = data.batches(args.batch_size, draws, args.augment)
@@ -295,10 +295,11 @@ def train(
 def figures_of_epoch(
     args: Namespace, data: Data, method: str, student: nn.Module, teacher: nn.Module
 ) -> dict:
-    """Of 256 training images: Fig. 2, the gradient's norm; Fig. 5, [Hessian trace, its error].
+    """Figures of 256 training images, with respect to the weights of all layers, as in the paper.
 
-    Both are with respect to the weights of all layers. ratio: |gradient of the term that the method
-    adds| / |gradient of the cross-entropy|.
+    gradient: the norm of the loss's gradient, Fig. 2
+    trace: that of the cross-entropy's Hessian, Fig. 5, with its standard error
+    ratio: |gradient of the term that the method adds| / |gradient of the cross-entropy|
     """
     student = copy.deepcopy(student)
     images, labels = data.sample(256)

@@ -9,9 +9,9 @@ experts is to handle it. The loss is the cross-entropy minus beta times the rela
 We had only the abstract and summaries, which name the coding length and the experts. Length and
 series are those of Ma et al. 2007 and Liu et al. 2022 (MEC). The rest is ours, marked [choice]:
 what the features are, and how the experts share the images. Our experts share the images of a batch
-softly, by the norm of their features, so that images of one scale are coded together. The code
-itself is of directions alone: of the features minus their mean over the batch, scaled to norm 1.
-Whether the authors' experts work like this, we do not know.
+softly, by the norm of their features, so that images of one scale are coded together. The norm
+decides nothing else: what is coded are directions, that is, features minus their mean over the
+batch, scaled to norm 1. Whether the authors' experts work like this, we do not know.
 The formula of the mixture is that of maximal coding rate reduction (Yu et al. 2020), which
 minimises it for given classes; we maximise it.
 
@@ -41,9 +41,9 @@ import torch.nn.functional as F
 from common import Checkpoint, Data, Progress, calibrate, hooked, quantize
 from torch import Tensor, nn
 
-# What --recipe paper sets. MEC-Quant's own settings are not known. PAPER has those of FPQ, by the
-# same authors, see fpq.py; GUESSES are ours [choice].
-PAPER = {
+# What --recipe paper sets. MEC-Quant's own settings are not known, so these are FPQ's, a paper by
+# the same authors; see fpq.py. GUESSES are ours [choice].
+FPQ_SETTINGS = {
     "model": "resnet18",
     "dataset": "cifar10",
     "batch_size": 256,
@@ -52,7 +52,7 @@ PAPER = {
     "weight_decay": 5e-4,
 }
 GUESSES = {
-    "stem": "imagenet",  # for CIFAR-100 give --stem cifar; fpq.py has the reason
+    "stem": "imagenet",  # it fits FPQ's results on CIFAR-10; for CIFAR-100 --stem cifar does
     "fp_epochs": 200,
     "fp_lr": 0.1,
     "fp_weight_decay": 5e-4,
@@ -85,7 +85,7 @@ def parse_args() -> Namespace:
     flag("--experts", type=number(int, 1, 64), default=3, help="K: number of experts (default: 3)")
     flag("--features", choices=["float", "quantized"], default="float",
          help="taken before (default) or after the last layer's input quantizer, always 8 bits")
-    args = common.parse(parser, list(METHODS), PAPER | GUESSES)
+    args = common.parse(parser, list(METHODS), FPQ_SETTINGS | GUESSES)
     if args.order and "mec" not in args.method:
         parser.error("--order has no effect without --method mec: add mec, or leave --order out")
     return args
@@ -163,8 +163,8 @@ def coding_length(
 def series_converges(c: Tensor, order: int) -> bool:
     """Whether the series may be used: a spectral norm of C below 1. Warns if it is not.
 
-    It waits for the device. Raises ValueError for an odd order: its last term, + tr(C^k) / k,
-    rewards features that are alike.
+    It waits for the device. Raises ValueError for an odd order: the last term, + tr(C^k) / k, can
+    outweigh the others, and rewards features that are alike.
     """
     if order % 2 or order < 2:
         raise ValueError(f"order should be even and positive, not {order}")
@@ -370,7 +370,8 @@ def figures_of_epoch(
 ) -> dict:
     """ratio: |gradient of the term| / |gradient of the cross-entropy|, of 256 training images.
 
-    series: the spectral norm of C, and the relative error of its series of order SERIES_ORDER.
+    series: the spectral norm of C = lambda Z^T Z, and the relative error of its series of order
+    SERIES_ORDER.
     """
     series = series_errors(features_of(student, data), args.eps2)
     student = copy.deepcopy(student)  # a pass changes batch norm's running statistics
@@ -382,7 +383,9 @@ def figures_of_epoch(
 
 def series_errors(features: Tensor, eps2: float) -> list[float]:
     z = normalized_rows(features)
-    c = (z.T @ z / (len(z) * eps2)).nan_to_num()  # nan would raise here, not in `end_epoch`
+    c = (
+        z.T @ z / (len(z) * eps2)
+    ).nan_to_num()  # a nan must not raise here: `end_epoch` reports it
     exact = exact_logdet(c, symmetric=True)
     error = (series_logdet(c, SERIES_ORDER) - exact) / exact
     return [torch.linalg.matrix_norm(c, 2).item(), error.item()]

@@ -421,7 +421,7 @@ def test_network_augmentation_and_batch_norm_of_all_results(
     assert views == {(augment, pad)}
 
 
-NOT_SHAPING = """out data_dir dataset train_size val device recipe bits seed method ablate
+NOT_SETTINGS = """out data_dir dataset train_size val device recipe bits seed method ablate
     ablate_views diagnose more_bits resume dry_run script command epochs_left""".split()
 FP_FLAGS = "model depth stem augment pad batch_size fp_epochs fp_lr fp_weight_decay".split()
 
@@ -438,7 +438,7 @@ def test_a_checkpoint_has_a_name_of_its_own_for_all_that_shapes_it(script, parse
     for flag, value in vars(args).items():
         changed = {flag: Path(f"{value}x")}
         other, other_shared = names(Namespace(**vars(args) | changed))
-        assert (other == own) == (flag in NOT_SHAPING), flag
+        assert (other == own) == (flag in NOT_SETTINGS), flag
         assert (other_shared != shared) == (flag in FP_FLAGS), flag
     others = {*names(args, seed=1), *names(args, load(train_size=64))}
     assert len(others) == 4 and not others & {own, shared}
