@@ -221,19 +221,23 @@ def study_table(found: dict, table: dict) -> str:
 
 
 def tuning_table(found: dict, table: dict) -> str:
-    means = {}
+    """Means by value and column; the value with the best mean over all columns is bold."""
+    by_column = {row["name"]: [] for row in table["rows"]}
     for s in settings(found, table):
-        missing = len(table["seeds"]) - len(s.accuracy)
-        means.setdefault(s.column, {})[s.name] = 0 if missing else fmean(s.accuracy)
+        whole = len(s.accuracy) == len(table["seeds"])
+        by_column[s.name].append(fmean(s.accuracy) if whole else None)
+    means = {name: fmean(row) for name, row in by_column.items() if None not in row}
+    columns = [column["name"] for column in table["columns"]]
     lines = [f"### {table['title']}\n\nFlags: `{table['flags']}`.\n",
-             f"| `{table['flag']}` | {' | '.join(means)} |", "|---|" + "---|" * len(means)]
+             f"| `{table['flag']}` | {' | '.join(columns)} | mean |",
+             "|---|---|" + "---|" * len(columns)]
     for row in table["rows"]:
-        line = f"| {row['name']}{' (round 1)' * ('round' in row)} |"
-        for column in means.values():
-            mean = column[row["name"]]
-            mark = "**" if mean == max(column.values()) else ""
-            line += f" {mark}{mean:.2f}{mark} |" if mean else " not run yet |"
-        lines.append(line)
+        name = row["name"]
+        cells = ["not run yet" if cell is None else f"{cell:.2f}" for cell in by_column[name]]
+        mean = f"{means[name]:.2f}" if name in means else ""
+        if name == max(means, key=means.get, default=None):
+            mean = f"**{mean}**"
+        lines.append(f"| {name}{' (round 1)' * ('round' in row)} | {' | '.join(cells)} | {mean} |")
     return "\n".join(lines)
 
 
@@ -385,8 +389,9 @@ def report(data: Path = DATA) -> dict[str, str]:
             *[f"![{name}]({name})" for name in files],
             "## Study", *[study_table(found, table) for table in PLAN["study"]],
             "## Tuning",
-            "Mean accuracy on held-out images, once both seeds have run. The best of a column is "
-            "bold. Values of round 1 are from earlier code.",
+            "Mean accuracy on 1,000 held-out training images, once both seeds have run. The value with "
+            "the best mean over all columns, in bold, becomes the default. If it is at the edge of its "
+            "table, values beyond it are tried. Values of round 1 are from earlier code.",
             *[tuning_table(tuned, table) for table in PLAN["tuning"]],
             "## First round",
             "Three seeds of earlier code, for what the study does not repeat.",

@@ -95,6 +95,13 @@ def test_table_says_what_has_not_run():
     assert "Of its 2 intervals 0.1 would" in text
 
 
+def test_tuning_takes_the_best_mean_of_values_that_have_run():
+    rows = results_of("a", [1, 2]) + results_of("b", [5, 4]) + results_of("c", [9, None])
+    table = table_of("a", "b", "c", seeds=range(2), flag="--a")
+    text = study.tuning_table(study.index(rows), table)
+    assert "| a | 1.50 | 1.50 |\n| b | 4.50 | **4.50** |\n| c | not run yet |  |" in text
+
+
 def test_half_written_line(tmp_path):
     file = tmp_path / "study.jsonl"
     file.write_text('{"a": 1}\n{"a": 2')
