@@ -68,8 +68,6 @@ def parse_args() -> Namespace:
          help="full weight of the consistency term (default: 0.3)")
     flag("--ramp-epochs", type=number(float, 0, 1e6), default=2.0,
          help="epochs until that weight is full (default: 2)")
-    flag("--temperature", type=number(float, 0.01, 1e3), default=1.0,
-         help="of the softmax in the consistency term (default: 1)")
     flag("--ema", type=number(float, 0, 1), default=0.9,
          help="alpha: share of the average that a step keeps (default: 0.9)")
     flag("--views", choices=VIEWS, nargs="+", default=[], metavar="VIEW",
@@ -90,20 +88,16 @@ def parse_args() -> Namespace:
 # ------------------------------------------------------------------------------------- the method
 
 
-def consistency_loss(
-    student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0
-) -> Tensor:
+def consistency_loss(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
     """L_con: how far the student's prediction is from the teacher's, as a mean over the batch.
 
-        tau^2 KL(p_T || p_S),   KL = sum over classes of p_T (log p_T - log p_S)
-        p = softmax(logits / tau),   logits: N x classes
+        KL(p_T || p_S) = sum over classes of p_T (log p_T - log p_S),   p = softmax(logits)
 
-    No gradient goes to the teacher. Direction and temperature tau are ours [choice].
+    logits: N x classes. No gradient goes to the teacher. The direction is ours [choice].
     """
-    student = (student_logits / temperature).log_softmax(1)
-    teacher = (teacher_logits / temperature).log_softmax(1).detach()
-    divergence = F.kl_div(student, teacher, log_target=True, reduction="batchmean")
-    return temperature**2 * divergence
+    student = student_logits.log_softmax(1)
+    teacher = teacher_logits.log_softmax(1).detach()
+    return F.kl_div(student, teacher, log_target=True, reduction="batchmean")
 
 
 def ramp_up(t: float, length: float) -> float:
@@ -182,7 +176,7 @@ def consistent(
     logits = student(views[0])
     with torch.no_grad():
         teacher_logits = teacher(views[1])
-    consistency = consistency_loss(logits, teacher_logits, args.temperature)
+    consistency = consistency_loss(logits, teacher_logits)
     return F.cross_entropy(logits, labels) + args.lambda_max * ramp * consistency
 
 

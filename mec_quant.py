@@ -83,8 +83,6 @@ def parse_args() -> Namespace:
     flag("--order", type=even,
          help="even order of the Taylor series, for --method mec (default: the exact value)")
     flag("--experts", type=number(int, 1, 64), default=3, help="K: number of experts (default: 3)")
-    flag("--features", choices=["float", "quantized"], default="float",
-         help="taken before (default) or after the last layer's input quantizer, always 8 bits")
     args = common.parse(parser, list(METHODS), FPQ_SETTINGS | GUESSES)
     if args.order and "mec" not in args.method:
         parser.error("--order has no effect without --method mec: add mec, or leave --order out")
@@ -233,15 +231,15 @@ def longest_code(m: int, d: int, eps2: float) -> float:
 
 
 @contextmanager
-def penultimate(model: nn.Module, features: str = "float") -> Iterator[list[Tensor]]:
-    """A context that yields a list, to which each pass adds the last layer's input, N x d."""
+def penultimate(model: nn.Module) -> Iterator[list[Tensor]]:
+    """A context that yields a list, to which each pass adds the last layer's input, N x d.
+
+    It is what the layer gets, before its own input quantizer [choice].
+    """
     found = []
 
     def keep(layer, inputs):
-        z = inputs[0]
-        if features == "quantized":
-            z = layer.input_quantizer(z)
-        found.append(z)
+        found.append(inputs[0])
 
     classifier = list(common.weight_layers(model).values())[-1]
     with hooked([classifier], before=keep):
@@ -261,7 +259,7 @@ def baseline(
 
 def mec(student, teacher, images, labels, args):
     """One code for all rows, without experts: loss = CE - beta L(Z) / L_max."""
-    with penultimate(student, args.features) as features:
+    with penultimate(student) as features:
         logits = student(images)
     z = normalized_rows(features[0])
     length = coding_length(z, eps2=args.eps2, order=args.order)
@@ -271,7 +269,7 @@ def mec(student, teacher, images, labels, args):
 
 def mixture(student, images, labels, args, gates_of, other=None):
     """loss = CE - beta L_moe / L_max. gates_of gives the gates; other is Z2 of a second branch."""
-    with penultimate(student, args.features) as features:
+    with penultimate(student) as features:
         logits = student(images)
     z = normalized_rows(features[0])
     gates = gates_of(features[0].detach().norm(dim=1), args.experts)

@@ -103,7 +103,6 @@ def test_gates_sum_to_one_and_follow_the_magnitude():
     ("mec", ""),
     ("mec", "--order 2 --eps2 2"),
     ("mec-quant", ""),
-    ("mec-quant", "--features quantized"),
     ("branch", ""),
     ("random", ""),
 ])
@@ -116,8 +115,6 @@ def test_first_step_by_hand(parse, tiny_data, method, flags):
     student, (images, labels) = first_batch(network, tiny_data, args, "crop+flip")
     features = student[:-1](images)
     loss = F.cross_entropy(student[-1](features), labels)
-    if args.features == "quantized":
-        features = student[-1].input_quantizer(features)
     z = normalized_rows(features)
     other = normalized_rows(network[:-1](images)).detach() if method == "branch" else None
     magnitudes = features.norm(dim=1)
