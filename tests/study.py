@@ -256,9 +256,9 @@ path, polyline { fill: none; stroke: currentColor; stroke-width: 2 }
 </style>"""
 
 
-def svg(title: str, height: int, shapes: list[str]) -> str:
+def svg(title: str, height: int, shapes: list[str], size: int = 13) -> str:
     return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 760 {height}" width="760" '
-            f'height="{height}" font-family="sans-serif" font-size="13">\n{STYLE}\n'
+            f'height="{height}" font-family="sans-serif" font-size="{size}">\n{STYLE}\n'
             f'<rect class="card" width="760" height="{height}" rx="8"/>\n'
             f'<text class="ink" x="16" y="28">{title}</text>\n' + "\n".join(shapes) + "\n</svg>\n")
 
@@ -294,7 +294,7 @@ def chart(title: str, across: dict, series: dict, up: dict | None = None) -> str
                           for x, y in points)
         shapes.append(f'<polyline class="{colour}" points="{places}"/>'
                       f'<text class="{colour}" x="{16 + 240 * i}" y="56">— {name}</text>')
-    return svg(title, 390, shapes)
+    return svg(title, 390, shapes, 16)
 
 
 def staircase() -> str:
@@ -303,7 +303,7 @@ def staircase() -> str:
     return chart("Fake quantization: x_hat against x with two bits, s = 1, z = 1",
                  {x: x for x in range(-2, 4)},
                  {"identity": [(-2, -2), (3, 3)], "x_hat": steps},
-                 {y: f"x_hat = {y}, x_int = {y + 1}" for y in range(-1, 3)})
+                 {y: f"x_hat {y}, x_int {y + 1}" for y in range(-1, 3)})
 
 
 def traces(found: dict) -> str:
