@@ -75,8 +75,8 @@ def parse_args() -> Namespace:
     flag("--swa-rate", type=number(float, 0, 1), default=0.0,
          help="hold the learning rate at this share of its peak while SWA averages "
               "(default: 0, a cosine to the end)")
-    flag("--sam-rho", type=number(float, 0, 1e3), default=0.2,
-         help="radius of sharpness-aware minimisation, sam (default: 0.2)")
+    flag("--sam-rho", type=number(float, 0, 1e3), default=0.05,
+         help="radius of sharpness-aware minimisation, sam (default: 0.05)")
     flag("--more-bits", action="store_true",
          help="quantize to W8A8, W4A4, W3A4, W2A4 and W2A2 as well")
     return common.parse(parser, list(METHODS), AUTHORS | GUESSES)

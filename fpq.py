@@ -60,8 +60,8 @@ def parse_args() -> Namespace:
     weight = common.number(float, 0, 1e6)
     flag("--p", type=common.number(float, 0, 1), default=0.1,
          help="Eq. 14: chance that a layer is perturbed in a step (default: 0.1)")
-    flag("--csd-weight", type=weight, default=1.0,
-         help="weight of the distillation L_CSD in the loss, Eq. 22 (default: 1)")
+    flag("--csd-weight", type=weight, default=100.0,
+         help="weight of the distillation L_CSD in the loss, Eq. 22 (default: 100)")
     flag("--noise-at", choices=["operand", "input", "weight"], default="operand",
          help="noise after the input quantizer (operand, the default), before it (input), or on "
               "the quantized weight")
@@ -210,7 +210,10 @@ def csd(student, teacher, images, labels, args):
 
 
 def fpq(student, teacher, images, labels, args):
-    """FPQ, Eq. 22: the loss of `csd`, with the student perturbed."""
+    """FPQ, Eq. 22: the loss of `csd`, with the student perturbed.
+
+    The paper's sum has no weight. Ours, --csd-weight, belongs to the mean [choice].
+    """
     with perturbed(student, args.p, args.noise_at):  # Eq. 14, 16
         return csd(student, teacher, images, labels, args)  # Eq. 22
 

@@ -76,8 +76,8 @@ def parse_args() -> Namespace:
     common.qat_flags(parser)
     number = common.number
     flag = parser.add_argument
-    flag("--beta", type=number(float, 0, 1e6), default=1.0,
-         help="weight of the relative coding length in the loss (default: 1)")
+    flag("--beta", type=number(float, 0, 1e6), default=0.1,
+         help="weight of the relative coding length in the loss (default: 0.1)")
     flag("--eps2", type=number(float, 1e-6, 1e6), default=1 / 32,
          help="squared error that the code may make per feature (default: 1/32, as in MEC)")
     flag("--order", type=even,
