@@ -143,6 +143,7 @@ def test_all_steps_by_hand(method, train, network, tiny_data):
     additive: decay and momentum are of w; sam: the gradient is taken at w + rho g / |g|.
     """
     flags = ("--wbits 3 --abits 4 --noise-bits 5 --quantizer pact --rho 0.2 --mask salience "
+             "--sam-rho 0.3 "
              "--noise-lambda 3 --ramp-epochs 1 --batch-size 16 --fp-weight-decay 0.5 "
              "--label-smoothing 0.2")
     found, _ = train(method, flags, epochs=2)[method]
@@ -171,7 +172,7 @@ def test_all_steps_by_hand(method, train, network, tiny_data):
                 logits = network(images)
             loss = F.cross_entropy(logits, labels, label_smoothing=0.2)
             if method == "sam":
-                loss = common.sam_loss(network, images, labels, 0.2, 0.2)
+                loss = common.sam_loss(network, images, labels, 0.3, 0.2)
             optimizer.zero_grad()
             loss.backward()
             if method == "additive":
