@@ -68,9 +68,9 @@ def fake_quantize(
         x_hat = (x_int - z) * s
 
     The grid is the set of values that x_hat can take. We say that x lies inside the grid if
-    q_min < x/s + z < q_max. The straight-through estimator takes the derivative of rounding as 1.
-    Inside, x_hat is s round(x/s), so the product rule gives round(x/s) + s (-x/s^2) for its
-    derivative in s.
+    q_min < x/s + z < q_max. The straight-through estimator takes the derivative of rounding as 1,
+    so that of round(x/s) in s is -x/s^2. Inside, x_hat is s round(x/s), and the product rule gives
+    round(x/s) + s (-x/s^2).
 
         dx_hat/dx = 1                   inside
         dx_hat/dx = 0                   outside
@@ -119,8 +119,8 @@ class Quantizer(nn.Module):
     used.
 
     At 8 bits the step size is a buffer and stays as calibrated [choice]. LSQ scales gradients for
-    step sizes of about 1 / sqrt(q_max). The best ones are about 1 / q_max, and at 8 bits they would
-    move sixteen times too fast: in our trials they grew ninefold.
+    step sizes of about 1 / sqrt(q_max), for values of about 1. The best ones are about 1 / q_max.
+    So at 8 bits they would move sqrt(255) = 16 times too fast: in our trials they grew ninefold.
 
     Raises ValueError for bits outside 1 to 8 or, with `channels`, outside 2 to 8.
     """
@@ -188,7 +188,8 @@ class Quantizer(nn.Module):
         high = rows.amax(1).clamp_min(0)
         # 0 has to lie below the upper bound, or an x of 0 has no gradient and never grows. So a
         # range without values above 0 gets one level there, which makes z = q_max - 1. A channel of
-        # zeros first gets -widest as its lower end.
+        # zeros first gets -widest as its lower end. On the lower bound 0 may lie: then z = 0, and
+        # it is the zero of a ReLU, which has no gradient anyway.
         width = high - low
         widest = width.max() if width.max() > TINY else 1
         low = torch.where(width > TINY, low, -widest)
@@ -250,10 +251,11 @@ class PACT(Quantizer):
         x_hat = round(clip(x, 0, alpha) / s) * s,   s = alpha / n,   n = q_max - z
         dx_hat/dalpha = 1 where x >= alpha, else 0
 
-    The parameter is s, not alpha = n s. We divide the gradient of s by n^2. Then a step at the rate
-    lr moves alpha as if it were the parameter:
+    The parameter is s, not alpha = n s. A step of alpha is n times that of s, and dL/ds is
+    n dL/dalpha. We divide the gradient of s by n^2, so that alpha moves as if it were the
+    parameter, at the learning rate lr:
 
-        n (-lr dL/ds / n^2) = -lr dL/dalpha,   as dL/ds = n dL/dalpha
+        n (-lr dL/ds / n^2) = -lr dL/dalpha
 
     alpha starts where LSQ's grid ends. If the data are signed, we clip at -z s as well, and values
     below that move s too [choices].
@@ -374,7 +376,7 @@ def quantize(model: nn.Module, wbits: int, abits: int, quantizer: str = "lsq") -
         ) from error
     weight_bits = layer_bits(model, wbits)
     input_bits = layer_bits(model, abits)
-    quantized = {}
+    quantized = {}  # {layer: what replaces it}
     for name, layer in weight_layers(model).items():
         own_weight = type(layer) in LAYERS and isinstance(layer.weight, nn.Parameter)
         if own_weight and getattr(layer, "padding_mode", "zeros") == "zeros":
@@ -410,8 +412,8 @@ def calibrate(
     """
     if len(images) == 0:
         raise ValueError("calibration: there are no images")
-    # A pass changes running statistics. So a copy makes it, and only its quantizers' values are
-    # copied back.
+    # A pass changes running statistics, so we run it on a copy, and copy the values of its
+    # quantizers back.
     probe = copy.deepcopy(qmodel).eval()
     for module in probe.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
@@ -715,7 +717,8 @@ def split(x: Tensor, y: Tensor, size: int, seed: int, flag: str) -> tuple:
         )
     order = torch.randperm(len(y), generator=torch.Generator().manual_seed(seed))
     # Take the first image of every class, then the second of every class, until there are `size`.
-    # rank: which image of its class an image is. First we sort by class, at random within a class.
+    # rank: which image of its class an image is, as 0 0 1 for classes a b a. To find it we sort by
+    # class, at random within a class.
     by_class = order[y[order].argsort(stable=True)]
     rank = torch.empty_like(y)
     for members in by_class.split(y.bincount().tolist()):
@@ -898,9 +901,9 @@ def hessian_trace(
 ) -> tuple[float, float]:
     """Hutchinson's estimate of the trace of the Hessian H, and its standard error.
 
-    H is the Hessian of loss_fn() with respect to all entries of `params`, the derivative of its
-    gradient. The gradient of a quantized network is straight-through, from `FakeQuantize.backward`,
-    and so H is that gradient's derivative [choice].
+    H is the Hessian of loss_fn() with respect to all entries of `params`. The loss of a quantized
+    network is a step function, whose own Hessian is 0 almost everywhere. There H is the derivative
+    of the straight-through gradient, which `FakeQuantize.backward` returns [choice].
 
     The estimate is the mean of v.Hv over random vectors v of entries -1 and 1. probes: how many, at
     least 2. generator: on the device of `params`.
@@ -1233,9 +1236,9 @@ class Progress:
 
 # What full precision depends on, so that all scripts and methods can share one network.
 FP_FLAGS = "model depth stem augment pad batch_size fp_epochs fp_lr fp_weight_decay".split()
-# Flags of the scripts that are not settings of a run. Most do not shape training. Others have their
-# effect in a setting: --bits in wbits and abits; --train-size, --val and --dataset in the checksum
-# of the data; --seed and --method in those of the run.
+# Flags of the scripts that are not in `Checkpoint.settings`. Most do not shape training. Others
+# have their effect in an entry that is there: --bits in wbits and abits; --train-size, --val and
+# --dataset in the checksum "data"; --seed and --method in "seed" and "method".
 NOT_SETTINGS = (
     "out data_dir dataset train_size val device recipe bits seed method ablate ablate_views "
     "diagnose more_bits resume dry_run script command epochs_left"
@@ -1351,7 +1354,7 @@ def end_epoch(checkpoint: Checkpoint, progress: Progress, **notes) -> None:
     acc, loss = evaluate(checkpoint.parts["model"], data, every)
     epoch = len(checkpoint.history) + 1
     if not all(math.isfinite(value) for value in (loss, *means.values())):
-        flag = "--lr" if "lr" in checkpoint.settings else "--fp-lr"
+        flag = "--lr" if "lr" in checkpoint.settings else "--fp-lr"  # full precision has no lr
         raise FloatingPointError(
             f"{checkpoint.method}: the loss is not finite in epoch {epoch}; try a smaller {flag}"
         )
@@ -1421,7 +1424,7 @@ def record(args: argparse.Namespace, row: dict) -> None:
         "device": args.device,
     }
     line = json.dumps(row | {"key": key}) + "\n"
-    ending = json.dumps({"key": key})[1:] + "\n"  # of a line with this row, unless it was cut off
+    ending = json.dumps({"key": key})[1:] + "\n"  # the key is last, so a whole line ends so
     path = args.out / "results.jsonl"
     with lock(path), open(path, "a+b", buffering=0) as file:
         file.seek(0)

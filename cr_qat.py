@@ -47,7 +47,7 @@ GUESSES = {
     "lambda_max": 1.0,
     "ema": 0.999,
     "ramp_epochs": 5.0,
-    "stem": "imagenet",  # it fits FPQ's results on CIFAR-10; for CIFAR-100 --stem cifar does
+    "stem": "imagenet",  # for CIFAR-100 add --stem cifar; fpq.py says why
     "fp_epochs": 200,
     "fp_lr": 0.1,
     "fp_weight_decay": 5e-4,
@@ -80,7 +80,7 @@ def parse_args() -> Namespace:
     args = common.parse(parser, list(METHODS), FPQ_SETTINGS | GUESSES)
     if len(args.views) > 2:
         parser.error(f"--views has {len(args.views)} values: give one for both views, or two")
-    if args.labels and args.batch_size < 8:  # the baseline sees a quarter of it
+    if args.labels and args.batch_size < 8:  # a quarter is labelled; batch norm needs two
         parser.error(f"--batch-size {args.batch_size} is too small for --labels; give 8 or more")
     return args
 
@@ -119,9 +119,9 @@ def ema_update(teacher: nn.Module, student: nn.Module, updates: int, alpha: floa
         theta_T <- keep theta_T + (1 - keep) theta_S,   keep = min(1 - 1 / (updates + 1), alpha)
 
     `updates` counts the calls before this one. While keep < alpha, theta_T is the mean of all
-    students so far. Zero points, and the step sizes of the first and the last layer, are fixed and
-    the same in both networks. Batch norm's statistics are not averaged: in training, the teacher
-    takes those of its own batch.
+    students so far. Zero points, and the 8-bit step sizes of the first and the last layer, are not
+    learned, and the same in both networks. Batch norm's statistics are not averaged: in training,
+    the teacher takes those of its own batch.
     """
     keep = min(1 - 1 / (updates + 1), alpha)
     update = get_ema_multi_avg_fn(keep)
@@ -131,8 +131,8 @@ def ema_update(teacher: nn.Module, student: nn.Module, updates: int, alpha: floa
 def distort(images: Tensor, name: str) -> Tensor:
     """What a view does beyond crop and flip, to normalised images N x 3 x 32 x 32 [choice].
 
-    noise: Gaussian, of standard deviation 0.1. colour: each channel of an image is multiplied by 1
-    plus a number from U[-0.4, 0.4], and then shifted by another one.
+    noise: Gaussian, of standard deviation 0.1. colour: x (1 + gain) + shift for each channel of an
+    image, where gain and shift are from U[-0.4, 0.4].
     """
     if "noise" in name:
         images = images + 0.1 * torch.randn_like(images)
@@ -217,7 +217,8 @@ def hide_labels(data: Data, count: int, seed: int) -> Data:
     keep = keep.to(data.train_labels.device)
     labels = torch.full_like(data.train_labels, -100)
     labels[keep] = data.train_labels[keep]
-    return replace(data, fingerprint=f"{data.fingerprint}-{count}", train_labels=labels)
+    fingerprint = f"{data.fingerprint}-{count}"  # so that each count has its own full precision
+    return replace(data, fingerprint=fingerprint, train_labels=labels)
 
 
 def labelled_images(data: Data) -> Data:
@@ -237,7 +238,7 @@ def mixed_order(labels: Tensor, batch_size: int, draws: torch.Generator) -> Tens
     unknown = (labels < 0).nonzero().flatten()
     known = known[torch.randperm(len(known), generator=draws)]
     steps = max(1, len(known) // quarter)
-    if len(known) < quarter:  # too few for the only step, so they are repeated until they fill it
+    if len(known) < quarter:  # too few for the only step: repeat them more than enough
         known = known.repeat(quarter)
     known = known[: steps * quarter]
     chosen = torch.randint(len(unknown), (steps, batch_size - quarter), generator=draws)
@@ -272,7 +273,8 @@ def train(
 
     Student and average start as quantized copies of `network`. name: of the run, if not the method.
     """
-    labelled = labelled_images(data)  # they alone calibrate, and renew batch norm [choice]
+    # Labelled images alone calibrate and, at the end, renew batch norm's statistics [choice]
+    labelled = labelled_images(data)
     student = quantize(network, args.wbits, args.abits, args.quantizer)
     calibrate(student, labelled.sample(100)[0])
     average = copy.deepcopy(student)
@@ -307,8 +309,8 @@ def train(
             ema_update(average, student, step, args.ema)
             progress.add(loss=loss)
         # With --diagnose, the epoch's figures
-        run = checkpoint.parts
-        notes = figures_of_epoch(args, data, method, run, network) if args.diagnose else {}
+        parts = checkpoint.parts
+        notes = figures_of_epoch(args, data, method, parts, network) if args.diagnose else {}
         # Evaluation on some test images, checkpoint, a printed row
         common.end_epoch(checkpoint, progress, **notes)
     # New statistics for batch norm, evaluation on all test images, a line of results.jsonl
@@ -329,28 +331,29 @@ def weight_bins(model: nn.Module) -> Tensor:
 
 
 def figures_of_epoch(
-    args: Namespace, data: Data, method: str, run: dict, network: nn.Module
+    args: Namespace, data: Data, method: str, parts: dict, network: nn.Module
 ) -> dict:
     """What another step would do, at the full weight of the consistency term.
 
-    run: student, optimizer and average, of which we use copies. ratio: |gradient of the term| /
-    |gradient of the cross-entropy|, 0 for methods without a term. trace: that of the
+    parts: model, which is the student, optimizer and average; we use copies. ratio: |gradient of
+    the term| / |gradient of the cross-entropy|, 0 for methods without a term. trace: that of the
     cross-entropy's Hessian, with its standard error. changed: the share of weights whose integer
     the step changes, without the first and the last layer.
     """
-    run = copy.deepcopy(run)  # in one call: the copied optimizer has the copied student's weights
-    student = run["model"]
+    # In one call, so that the copied optimizer has the copied student's weights
+    parts = copy.deepcopy(parts)
+    student = parts["model"]
     draws = torch.Generator().manual_seed(0)
     views, labels = next(epoch_batches(args, data, method, draws))
-    arguments = (student, run["average"], network, views, labels)
+    arguments = (student, parts["average"], network, views, labels)
     loss = METHODS[method](*arguments, ramp=1.0, args=args)
     cross_entropy = METHODS[method](*arguments, ramp=0.0, args=args)
     ratio = common.gradient_ratio(loss, cross_entropy, student)
     trace = common.sharpness(student, labelled_images(data))
     before = weight_bins(student)
-    run["optimizer"].zero_grad()
+    parts["optimizer"].zero_grad()
     loss.backward()
-    run["optimizer"].step()
+    parts["optimizer"].step()
     changed = (weight_bins(student) != before).float().mean().item()
     return {"ratio": ratio, "trace": trace, "changed": changed}
 
@@ -371,7 +374,7 @@ def weight_entropy(model: nn.Module) -> float:
 
 @torch.no_grad()
 def sensitivity(model: nn.Module, data: Data, place: str, sigma: float) -> tuple[float, float]:
-    """Accuracy in %, and KL divergence of noisy from clean predictions, of up to 2,000 test images.
+    """Accuracy in %, and KL(clean || noisy predictions), of up to 2,000 test images.
 
     The noise is Gaussian, of standard deviation sigma. place: "input", on the normalised images, or
     "weight", on the quantized weights, where it is relative to the layer's standard deviation.

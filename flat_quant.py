@@ -15,7 +15,7 @@ same authors, which we cite as "authors". Our own decisions are marked [choice].
     dW, dx                  quantization_error(t, quantizer)                  authors
     ||W dx||^2, ||dW x||^2  error_decomposition(layer, x): AQE, WQE           authors
     n_t                     DifferentialWeightNoise.add, .remove              authors
-    x + M n                 ActivationNoise; M ~ Bernoulli(P), --rho, --mask  authors
+    x + M n                 ActivationNoise; M ~ Bernoulli(P), P by --rho     authors
     lambda and its ramp     --noise-lambda, --ramp-epochs                     authors
     w + r g / |g|           common.sam_loss, r is --sam-rho                   Foret 2021
 
@@ -152,8 +152,7 @@ class DifferentialWeightNoise:
     """Gaussian noise like the weights' quantization error, by output channel.
 
     In step t the weights are w + n_t while gradient and step are taken; then n_t is removed. So w
-    itself takes an ordinary step, with the gradient at w + n_t. Only weight decay notices whether
-    n_t is removed after the step, as here, or before it.
+    itself takes an ordinary step, with the gradient at w + n_t:
 
         w_(t+1) = w_t - lr dL/dw(w_t + n_t),   n_t = lambda (mu + sigma e),   e ~ N(0, 1)
 
@@ -205,7 +204,7 @@ class DifferentialWeightNoise:
 class AdditiveWeightNoise(DifferentialWeightNoise):
     """The same noise, removed before the step instead of after it [choice].
 
-    Weight decay then shrinks w, not w + n_t.
+    The step is the same but for weight decay: here it shrinks w, there w + n_t.
     """
 
     def before_step(self) -> None:
@@ -248,7 +247,7 @@ class ActivationNoise:
     def measure(self, images: Tensor) -> None:
         """Set .statistics, {layer: (mean, standard deviation)}, at the start of an epoch.
 
-        Batch norm takes these images' statistics, as its running ones are of the noisy network.
+        Batch norm takes these images' statistics: its running ones were collected under noise.
         """
         layers = weight_layers(self.model)
         inputs = layer_inputs(copy.deepcopy(self.model).train(), images)
@@ -330,7 +329,7 @@ ACTIVATION_NOISES = ["activation", "weight+activation"]
 
 
 def learning_rate(args: Namespace, step: int, total: int) -> float:
-    """The learning rate over its peak: a cosine or, with --swa-rate, held in the last half."""
+    """The learning rate as a share of its peak: a cosine or, with --swa-rate, held at the end."""
     if not args.swa_rate:
         return common.cosine(step, total, warmup=0.1)
     half = total // 2

@@ -10,8 +10,8 @@ pulls the output of each layer but the classifier towards that of the full-preci
 teacher, after standardizing both.
 
 The equations are the paper's. What it leaves open is ours and marked [choice]. In the paper, z
-without an index is the zero point of Eq. 3, which is `fake_quantize` in common.py. z_l is the
-output of layer l. We call these outputs features.
+without an index is the zero point, the integer that stands for 0; `fake_quantize` in common.py is
+Eq. 3. z_l is the output of layer l. We call these outputs features.
 
     paper                            here
     s_l, z, q bits                   input_quantizer.step_size, .zero_point, .bits     Eq. 3-5
@@ -21,7 +21,7 @@ output of layer l. We call these outputs features.
     L_CSD                            csd_loss(student_feats, teacher_feats)            Eq. 17
     L = L_CE + L_CSD                 fpq(student, teacher, images, labels, args)       Eq. 22
 
-    python fpq.py --bits 2                         full precision; LSQ, the baseline; FPQ
+    python fpq.py --bits 2                         full precision; LSQ (learned step sizes); FPQ
     python fpq.py --bits 2 --ablate --diagnose     all methods, the paper's figures as numbers
 """
 
@@ -38,7 +38,8 @@ from torch import Tensor, nn
 
 # What --recipe paper sets: section 4 of the paper, and our guesses [choice] where it is silent. The
 # stem is the first layers of ResNet-18. With torchvision's own, "imagenet", the network reaches
-# about the paper's full-precision accuracy on CIFAR-10. On CIFAR-100 it does so with --stem cifar.
+# about the paper's full-precision accuracy on CIFAR-10. For CIFAR-100 add --stem cifar yourself:
+# there it is that stem which fits.
 PAPER = {
     "model": "resnet18",
     "dataset": "cifar10",
@@ -119,7 +120,7 @@ def csd_loss(student_feats: list[Tensor], teacher_feats: list[Tensor]) -> Tensor
     """
     distances = []
     for student, teacher in zip(student_feats, teacher_feats, strict=True):
-        # movedim undoes the last one in `standardize`: the mean is the same, and found faster
+        # Back to channels last, as in memory: the mean is the same, and found faster
         student = standardize(student).movedim(1, -1)
         teacher = standardize(teacher).movedim(1, -1)
         distances.append(F.mse_loss(student, teacher))
@@ -131,8 +132,8 @@ def perturbed(student: nn.Module, p: float, noise_at: str = "operand"):
 
     noise_at "operand" puts the noise on the quantized input, as in Eq. 16. "input" puts it on the
     input before it is quantized, so that rounding becomes stochastic. "weight" puts it on the
-    quantized weights instead, as Fig. 2 compares. Both factors of attention's products count as
-    inputs [choice].
+    quantized weights instead, as Fig. 2 compares. Both factors of attention's products,
+    q k^T and softmax times v, count as inputs [choice].
     """
 
     def after(quantizer, inputs, x_hat):
@@ -298,11 +299,11 @@ def train(
 def figures_of_epoch(
     args: Namespace, data: Data, method: str, student: nn.Module, teacher: nn.Module
 ) -> dict:
-    """Figures of 256 training images, with respect to the weights of all layers, as in the paper.
+    """Numbers measured on 256 training images, for the weights of all layers, as in the paper.
 
     gradient: the norm of the loss's gradient, Fig. 2
     trace: that of the cross-entropy's Hessian, Fig. 5, with its standard error
-    ratio: |gradient of the term that the method adds| / |gradient of the cross-entropy|
+    ratio: |gradient of the term that the method adds| / |gradient of the cross-entropy|, or 0
     """
     student = copy.deepcopy(student)
     images, labels = data.sample(256)

@@ -4,7 +4,8 @@ Extremely Low Bit Quantization-Aware Training", arXiv 2509.15514.
 The idea. Few bits bias what a network represents. MEC-Quant keeps the features rich while the
 network learns the labels: it maximises their entropy, measured by the length of a lossy code for
 them. Features have a long tail: those of a few images are far larger than most. A mixture of
-experts is to handle it. The loss is the cross-entropy minus beta times the relative length.
+experts, each for images of one size, is to handle it. The loss is the cross-entropy minus beta
+times the relative length.
 
 We had only the abstract and summaries, which name the coding length and the experts. Length and
 series are those of Ma et al. 2007 and Liu et al. 2022 (MEC). The rest is ours, marked [choice]:
@@ -52,7 +53,7 @@ FPQ_SETTINGS = {
     "weight_decay": 5e-4,
 }
 GUESSES = {
-    "stem": "imagenet",  # it fits FPQ's results on CIFAR-10; for CIFAR-100 --stem cifar does
+    "stem": "imagenet",  # for CIFAR-100 add --stem cifar; fpq.py says why
     "fp_epochs": 200,
     "fp_lr": 0.1,
     "fp_weight_decay": 5e-4,
@@ -121,8 +122,8 @@ def series_logdet(c: Tensor, order: int) -> Tensor:
 def exact_logdet(c: Tensor, symmetric: bool) -> Tensor:
     """log |det(I + C)| of one n x n matrix C or of a stack of them.
 
-    With one branch of features, Z, I + C is symmetric and positive definite. Then Cholesky factors
-    are enough, which need not wait for the device. With a second branch, Z2, it is neither.
+    If C = lambda Z^T Z, I + C is symmetric and positive definite. Then Cholesky factors are enough,
+    which need not wait for the device. With a second branch, C = lambda Z^T Z2, it is neither.
     """
     identity = torch.eye(c.shape[-1], dtype=c.dtype, device=c.device)
     if symmetric:
@@ -146,9 +147,9 @@ def coding_length(
     Z2, a second branch as in Liu et al., is Z1 by default. Of our methods only `branch` has two,
     and it goes through `moe_coding_length`.
 
-    As det(I + AB) = det(I + BA), we take the smaller of the d x d and the m x m matrix. The default
-    is exact. An even `order` takes the series of Liu et al.; if it diverges, a warning says so and
-    the exact value is used [choice]. Other orders raise ValueError.
+    As det(I + AB) = det(I + BA), we take the smaller of the d x d and the m x m matrix, or its
+    transpose. The default is exact. An even `order` takes the series of Liu et al.; if it diverges,
+    a warning says so and the exact value is used [choice]. Other orders raise ValueError.
     """
     m, d = z1.shape
     z2 = z1 if z2 is None else z2
@@ -161,8 +162,8 @@ def coding_length(
 def series_converges(c: Tensor, order: int) -> bool:
     """Whether the series may be used: a spectral norm of C below 1. Warns if it is not.
 
-    It waits for the device. Raises ValueError for an odd order: the last term, + tr(C^k) / k, can
-    outweigh the others, and rewards features that are alike.
+    It waits for the device. Raises ValueError for an odd order: the series is then convex in
+    large eigenvalues, and rewards features that are alike.
     """
     if order % 2 or order < 2:
         raise ValueError(f"order should be even and positive, not {order}")
@@ -188,7 +189,7 @@ def moe_coding_length(z: Tensor, gates: Tensor, *, eps2: float, z2: Tensor | Non
     With more, and one branch, it is at most L(Z), because log det is concave: what raises it raises
     a lower bound of L(Z).
 
-    We weight expert k by n_k / m [choice]. In K separate codes its weight would be
+    We weight expert k by n_k / m, as Yu et al. do [choice]. In K separate codes its weight would be
     (n_k + d) / (m + d), but these sum to more than 1, and the bound would not hold. We also leave
     out the bits that name an image's expert [choice].
     """
@@ -209,7 +210,7 @@ def scale_gates(magnitudes: Tensor, experts: int) -> Tensor:
     magnitudes: m, the norms of the images' features before `normalized_rows`. A long tail is a
     mixture of scales, so an expert stands for a scale. Expert k has a Gaussian over log-magnitudes.
     Its mean is the (k + 1/2) / K quantile of the batch, its width the batch's standard deviation
-    over K. pi_jk is Gaussian k at image j, divided by the sum of all K. No gradient flows.
+    divided by K. pi_jk is Gaussian k at image j, divided by the sum of all K. No gradient flows.
     """
     scale = magnitudes.detach().clamp_min(common.TINY).log()
     numbers = torch.arange(experts, device=scale.device, dtype=scale.dtype)
@@ -356,7 +357,7 @@ def train(
 
 @torch.no_grad()
 def features_of(model: nn.Module, data: Data) -> Tensor:
-    """Float features, m x d, of m <= 512 fixed training images."""
+    """Features, m x d, of m <= 512 fixed training images."""
     model = copy.deepcopy(model).eval()
     with penultimate(model) as features:
         model(data.sample(512)[0])
@@ -366,7 +367,7 @@ def features_of(model: nn.Module, data: Data) -> Tensor:
 def figures_of_epoch(
     args: Namespace, data: Data, method: str, student: nn.Module, teacher: nn.Module
 ) -> dict:
-    """ratio: |gradient of the term| / |gradient of the cross-entropy|, of 256 training images.
+    """ratio: |gradient of the added term| / |gradient of the cross-entropy|, of 256 images.
 
     series: the spectral norm of C = lambda Z^T Z, and the relative error of its series of order
     SERIES_ORDER.
