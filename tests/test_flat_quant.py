@@ -131,8 +131,8 @@ def test_salience_by_hand():
     x = torch.tensor([[0.0, math.log(2), -math.log(5)], [30.0, 0, 0]])
     expected = torch.tensor([[0.15, 0.3, 0.75], [1, 0, 0]])
     tokens = x[:, None] * torch.tensor([0.5, -1.5])[:, None]
-    images = tokens.mT[..., None]
-    for features in (x, tokens, images):
+    images = tokens.mT.reshape(2, 3, 2, 1)
+    for features in (x, tokens, images, images.mT):
         close(noise.chance(features).reshape(2, 3), expected)
 
 

@@ -89,6 +89,21 @@ def test_eq17_csd_in_float32_is_that_of_float64(ratio):
         assert fpq.csd_loss([z], [-z]) <= 4
 
 
+@pytest.mark.parametrize("noise_at", ["operand", "input", "weight"])
+def test_eq16_a_layer_left_in_full_precision_gets_no_noise(noise_at):
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 3, 3, padding=1, padding_mode=mode) for mode in ("zeros", "reflect")]
+    network = nn.Sequential(*layers, nn.Flatten(), nn.Linear(48, 2))
+    with pytest.warns(UserWarning, match="left in full precision: 1.weight"):
+        student = common.quantize(network, 2, 2)
+    x = normal(4, 3, 4, 4)
+    common.calibrate(student, x)
+    with fpq.perturbed(student, 1.0, noise_at):
+        noisy = student[0](x)
+        assert not torch.equal(noisy, student[0](x))
+        same(student[1](noisy), student[1](noisy))
+
+
 def test_eq16_noise_meets_inputs_or_weights_of_all_layers_but_the_classifier(
         monkeypatch, tiny_data):
     """Behind the input quantizer, before it, or on the weight; both factors of products."""
