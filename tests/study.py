@@ -314,7 +314,7 @@ def traces(found: dict) -> str:
             runs = results(found, table, row, table["columns"][0]).values()
             epochs = zip(*[run["history"] for run in runs])
             means = [fmean(run["trace"][0] for run in epoch) for epoch in epochs]
-            series[f"{row['name']}, {len(runs)} seeds"] = [*enumerate(means, 1)]
+            series[f"{row['name']}, seeds: {len(runs)}"] = [*enumerate(means, 1)]
     return chart("Hessian trace by epoch, W2A2, crop and flip",
                  {epoch: epoch for epoch in range(0, 31, 10)}, series)
 
