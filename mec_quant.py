@@ -382,9 +382,8 @@ def figures_of_epoch(
 
 def series_errors(features: Tensor, eps2: float) -> list[float]:
     z = normalized_rows(features)
-    c = (
-        z.T @ z / (len(z) * eps2)
-    ).nan_to_num()  # a nan must not raise here: `end_epoch` reports it
+    c = z.T @ z / (len(z) * eps2)
+    c = c.nan_to_num()  # a nan must not raise here: `end_epoch` reports it
     exact = exact_logdet(c, symmetric=True)
     error = (series_logdet(c, SERIES_ORDER) - exact) / exact
     return [torch.linalg.matrix_norm(c, 2).item(), error.item()]

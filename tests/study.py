@@ -389,9 +389,9 @@ def report(data: Path = DATA) -> dict[str, str]:
             *[f"![{name}]({name})" for name in files],
             "## Study", *[study_table(found, table) for table in PLAN["study"]],
             "## Tuning",
-            "Mean accuracy on held-out training images, once both seeds have run. The value with the "
-            "best mean over all columns is bold, and of two tables for a method the better one counts. "
-            "If the best is at the edge of a table, values beyond it are tried. The tables of 5,000 "
+            "Mean accuracy on held-out training images, once both seeds have run. The value with "
+            "the best mean over all columns is bold. If it is at the edge, values beyond it are "
+            "tried. The two tables of MEC-Quant's single branch count as one. The tables of 5,000 "
             "images give the weights of the study's tables of 5,000 images, and the defaults until "
             "the tables of all images have run. Values of round 1 are from earlier code.",
             *[tuning_table(tuned, table) for table in PLAN["tuning"]],
