@@ -43,6 +43,7 @@ import torchvision
 from PIL import Image, ImageOps  # comes with torchvision, which reads images with it
 from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
+from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 from torchvision.models.resnet import BasicBlock
 from torchvision.ops.misc import Conv2dNormActivation
 
@@ -661,7 +662,7 @@ def read_images(args: argparse.Namespace) -> tuple:
         if args.dataset == "shapes":
             return draw_shapes()
         if args.dataset == "folder":
-            return read_folder(args.data_dir, args.out)
+            return read_folder(args.data_dir)
         return read_cifar(args.data_dir, "cifar10" if args.dataset == "auto" else args.dataset)
     except UsageError as error:
         if args.dataset != "auto":
@@ -768,24 +769,43 @@ def read_cifar(data_dir: Path, name: str) -> tuple:
     return name, train.classes, *arrays
 
 
-class VisibleFolder(torchvision.datasets.ImageFolder):
-    """An ImageFolder without folders whose names begin with a dot, such as .ipynb_checkpoints."""
+def read_folder(data_dir: Path) -> tuple:
+    """DIR/train/CLASS/* and DIR/test/CLASS/*. Names that begin with a dot are skipped."""
+    train_names, train_samples = list_images(data_dir / "train")
+    names, test_samples = list_images(data_dir / "test")
+    if names != train_names or len(names) < 2:
+        raise UsageError(f"{data_dir} should have the same classes, two or more, in train and test")
+    samples = train_samples + test_samples
+    folders = [data_dir / part / name for part in ("train", "test") for name in names]
+    files = [file for folder in folders for file in folder.rglob("*") if file.is_file()]
+    if len(files) > len(samples):
+        skipped = len(files) - len(samples)
+        say(f"{skipped} of {len(files)} files are skipped: no images, or hidden")
+    pixels = np.empty((len(samples), 32, 32, 3), np.uint8)
+    for i, (path, _) in enumerate(samples):
+        pixels[i] = read_image(path)
+        if i % 1000 == 0:
+            rewrite(f"image {i} of {len(samples)}")
+    sizes = [len(train_samples), len(test_samples)]
+    x, test_x = torch.from_numpy(pixels).split(sizes)
+    y, test_y = torch.tensor([label for _, label in samples]).split(sizes)
+    return f"folder {data_dir.name}", names, x, y, test_x, test_y
 
-    def __init__(self, root: Path):
-        super().__init__(root, is_valid_file=self.is_visible_image)
 
-    def is_visible_image(self, path):
-        names = Path(path).relative_to(self.root).parts
-        hidden = any(name.startswith(".") for name in names)
-        return path.lower().endswith(torchvision.datasets.folder.IMG_EXTENSIONS) and not hidden
-
-    def find_classes(self, directory):
-        names = sorted(
-            p.name for p in Path(directory).iterdir() if p.is_dir() and not p.name.startswith(".")
-        )
-        if not names:
-            raise FileNotFoundError(f"{directory} has no folders")
-        return names, {name: i for i, name in enumerate(names)}
+def list_images(root: Path) -> tuple[list[str], list[tuple[str, int]]]:
+    """Class names, and (path, class) of every image. Raises UsageError."""
+    try:
+        folders = sorted(path for path in root.iterdir() if path.is_dir())
+        names = [path.name for path in folders if not path.name.startswith(".")]
+        numbers = {name: i for i, name in enumerate(names)}
+        samples = make_dataset(root, numbers, extensions=IMG_EXTENSIONS)
+    except (OSError, ValueError) as error:
+        raise UsageError(
+            f"--data-dir {root.parent} should hold train/<class>/* and test/<class>/*: "
+            f"{str(error).splitlines()[0]}"
+        ) from None
+    hidden = f"{os.sep}."
+    return names, [sample for sample in samples if hidden not in sample[0].removeprefix(str(root))]
 
 
 def read_image(path: str) -> np.ndarray:
@@ -797,47 +817,6 @@ def read_image(path: str) -> np.ndarray:
             return np.asarray(ImageOps.exif_transpose(image).convert("RGB").resize((32, 32)))
     except Exception as error:  # PIL raises many kinds for a damaged image
         raise UsageError(f"{path} cannot be read as an image: {error}") from None
-
-
-def read_folder(data_dir: Path, cache_dir: Path) -> tuple:
-    """DIR/train/<class>/* and DIR/test/<class>/*, kept as one array in cache_dir."""
-    try:
-        parts = [VisibleFolder(data_dir / part) for part in ("train", "test")]
-    except OSError as error:
-        raise UsageError(
-            f"--data-dir {data_dir} should hold train/<class>/* and test/<class>/*: "
-            f"{str(error).splitlines()[0]}"
-        ) from None
-    names = parts[0].classes
-    if names != parts[1].classes or len(names) < 2:
-        raise UsageError(f"{data_dir} should have the same classes, two or more, in train and test")
-    paths = [Path(path) for part in parts for path, _ in part.samples]
-    folders = [data_dir / part / name for part in ("train", "test") for name in names]
-    files = [file for folder in folders for file in folder.rglob("*") if file.is_file()]
-    if len(files) > len(paths):
-        say(f"{len(files) - len(paths)} of {len(files)} files are skipped: no images, or hidden")
-    stamps = []
-    for path in paths:
-        stat = path.stat()
-        stamps.append((str(path), stat.st_size, stat.st_mtime_ns))
-    cache = cache_dir / f"images-{hashed(stamps):08x}.npy"
-    if cache.exists():
-        try:
-            pixels = np.load(cache)
-        except (ValueError, EOFError) as error:
-            raise UsageError(f"{cache} is damaged ({error}); delete it") from None
-    else:
-        pixels = np.empty((len(paths), 32, 32, 3), np.uint8)
-        for i, path in enumerate(paths):
-            pixels[i] = read_image(path)
-            if i % 1000 == 0:
-                rewrite(f"image {i} of {len(paths)}")
-        whole = io.BytesIO()
-        np.save(whole, pixels)
-        write_whole(cache, whole)
-    images = torch.from_numpy(pixels).split([len(part) for part in parts])
-    labels = [torch.tensor(part.targets) for part in parts]
-    return f"folder {data_dir.name}", names, images[0], labels[0], images[1], labels[1]
 
 
 def draw_shapes(train: int = 2560, test: int = 1000, seed: int = 0) -> tuple:

@@ -195,12 +195,12 @@ def folder(tmp_path) -> Path:
     return tmp_path / "photos"
 
 
-def test_a_folder_is_read_without_what_is_no_image(folder, tmp_path, capsys):
+def test_a_folder_is_read_without_what_is_no_image(folder, capsys):
     (folder / "train/a/1.gif").touch()
     (folder / "train/.ipynb_checkpoints").mkdir()
     (folder / "train/b/.thumbnails").mkdir()
     shutil.copy(folder / "train/b/0.png", folder / "train/b/.thumbnails")
-    data = load(dataset="folder", data_dir=folder, out=tmp_path)
+    data = load(dataset="folder", data_dir=folder)
     out = capsys.readouterr().out
     assert "2 of 6 files are skipped: no images, or hidden\n" in out
     assert data.name == "folder photos"
@@ -216,19 +216,6 @@ def test_an_image_is_turned_as_its_exif_data_say(tmp_path):
     path = tmp_path / "turned.png"
     Image.fromarray(pixels).save(path, exif=exif)
     assert (common.read_image(path) == np.rot90(pixels, -1)).all()
-
-
-def test_images_are_cached_until_one_changes(folder, tmp_path, monkeypatch):
-    flags = {"dataset": "folder", "data_dir": folder, "out": tmp_path}
-    first = load(**flags)
-    read = Mock(side_effect=common.read_image)
-    monkeypatch.setattr(common, "read_image", read)
-    again = load(**flags)
-    assert not read.called
-    assert again.fingerprint == first.fingerprint
-    Image.new("L", (40, 20), 98).save(folder / "train/a/0.png")
-    changed = load(**flags)
-    assert (changed.train_padded[0, 2:-2, 2:-2] == 98).all()
 
 
 # --------------------------------------------------------------------------------------- flatness

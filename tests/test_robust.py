@@ -230,13 +230,6 @@ def test_a_checkpoint_of_other_settings_is_refused_by_the_flag(run, images, tmp_
     assert_one_line(run("fpq", SHORT, images, DRY), f"{file} has pad 3, not 2; delete it")
 
 
-def test_a_damaged_array_of_images_is_one_line(run, images, tmp_path):
-    run("fpq", SHORT, images, DRY)
-    file = next(tmp_path.rglob("*.npy"))
-    os.truncate(file, 5000)
-    assert_one_line(run("fpq", SHORT, images, DRY), str(file))
-
-
 def row(name: str, **entries) -> dict:
     return {"run": name, "method": "fp", "wbits": 2, "abits": 2, "loss": 1.5, **entries}
 
