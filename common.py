@@ -3,11 +3,11 @@
 "The paper" is that of FPQ, feature-perturbed quantization (arXiv 2503.11159). All four scripts use
 its quantizers; equation numbers are its own. [choice] marks a decision of ours.
 
-    1. Quantizers    fake_quantize, Quantizer, quantize, calibrate: enough to follow a script
+    1. Quantizers    fake_quantize, Quantizer, quantize, calibrate: what the equations need
     2. Networks      build_model
     3. Data          read_images, make_data, Data
     4. Evaluation    evaluate, hessian_trace, hessian_top_eigenvalue, sam_loss
-    5. Runs          flags, learning rate, Checkpoint, results, full_precision, load
+    5. Runs          flags, learning rate, Checkpoint, end_epoch, finish, full_precision, load
 """
 
 import os
@@ -69,9 +69,9 @@ def fake_quantize(
         x_hat = (x_int - z) * s
 
     The grid is the set of values that x_hat can take. We say that x lies inside the grid if
-    q_min < x/s + z < q_max. The straight-through estimator takes the derivative of rounding as 1,
-    so that of round(x/s) in s is -x/s^2. Inside, x_hat is s round(x/s), and the product rule gives
-    round(x/s) + s (-x/s^2).
+    q_min < x/s + z < q_max. The straight-through estimator takes the derivative of rounding as 1.
+    So d round(x/s)/ds = -x/s^2. Inside, x_hat is s round(x/s), and the product rule gives
+    dx_hat/ds = round(x/s) + s (-x/s^2).
 
         dx_hat/dx = 1                   inside
         dx_hat/dx = 0                   outside
@@ -119,9 +119,10 @@ class Quantizer(nn.Module):
     point are NaN until `calibrate`. If training makes a step size negative, its absolute value is
     used.
 
-    At 8 bits the step size is a buffer and stays as calibrated [choice]. LSQ scales gradients for
-    step sizes of about 1 / sqrt(q_max), for values of about 1. The best ones are about 1 / q_max.
-    So at 8 bits they would move sqrt(255) = 16 times too fast: in our trials they grew ninefold.
+    At 8 bits the step size is a buffer and stays as calibrated [choice]. LSQ's gradient scale fits
+    LSQ's own first step size, 2 mean|x| / sqrt(q_max). The calibrated one is about 1 / sqrt(q_max)
+    of that. So, relative to its size, it would move about sqrt(q_max) times too fast. With few bits
+    this does no harm, but at 8 bits it grew ninefold in our trials.
 
     Raises ValueError for bits outside 1 to 8 or, with `channels`, outside 2 to 8.
     """
@@ -161,7 +162,7 @@ class Quantizer(nn.Module):
 
         The gradient of s is a sum over N elements. Without this factor a step size would move much
         faster, relative to its size, than weights do. For activations N counts the whole batch, as
-        in MQBench, the library that the papers build on; LSQ's text counts one image [choice]. We
+        in MQBench, the library of FPQ's authors; LSQ's text counts one image [choice]. We
         take q_max = 2^bits - 1 for weights as well [choice]. LSQ has 2^(bits - 1) - 1, as its
         integers for weights are signed.
         """
@@ -187,13 +188,13 @@ class Quantizer(nn.Module):
         rows = spaced_values(x, self.channels or 1)
         low = rows.amin(1).clamp_max(0)
         high = rows.amax(1).clamp_min(0)
-        # 0 has to lie below the upper bound, or an x of 0 has no gradient and never grows. So a
-        # range without values above 0 gets one level there, which makes z = q_max - 1. A channel of
-        # zeros first gets -widest as its lower end. On the lower bound 0 may lie: then z = 0, and
-        # it is the zero of a ReLU, which has no gradient anyway.
         width = high - low
         widest = width.max() if width.max() > TINY else 1
+        # A channel of zeros gets the range of the widest channel, below 0
         low = torch.where(width > TINY, low, -widest)
+        # On the upper bound of the grid an x of 0 would have no gradient, and never grow. So a
+        # range without values above 0 gets one level there, and z is q_max - 1. A single bit has no
+        # level to spare.
         if self.bits > 1:
             high = torch.where(high > 0, high, -low / (self.qmax - 1))
         S = (high - low) / self.qmax  # Eq. 4
@@ -249,12 +250,14 @@ class LSQPlus(Quantizer):
 class PACT(Quantizer):
     """PACT (parameterized clipping activation, Choi et al. 2018): only clipped values move alpha.
 
-        x_hat = round(clip(x, 0, alpha) / s) * s,   s = alpha / n,   n = q_max - z
+        x_hat = round(clip(x, 0, alpha) / s) * s,   s = alpha / n
         dx_hat/dalpha = 1 where x >= alpha, else 0
 
-    The parameter is s, not alpha = n s. A step of alpha is n times that of s, and dL/ds is
-    n dL/dalpha. We divide the gradient of s by n^2, so that alpha moves as if it were the
-    parameter, at the learning rate lr:
+    n is the number of levels above 0: q_max - z, where z is 0 unless the data are signed.
+
+    The parameter is s, but alpha = n s should move as if it were the parameter, by -lr dL/dalpha at
+    the learning rate lr. By the chain rule dL/ds is n dL/dalpha, and alpha moves n times as far as
+    s. So we divide the gradient of s by n^2:
 
         n (-lr dL/ds / n^2) = -lr dL/dalpha
 
@@ -610,14 +613,15 @@ class Data:
         """One epoch of batches: (images N x 3 x 32 x 32, labels N).
 
         `views` say how to augment, like "crop+flip". With two of them a batch is (images, the same
-        images augmented anew, labels). `draws` is new for each epoch, and on the CPU, so that all
-        devices see equal batches. `order` has the indices of the epoch's images; without it they
-        are shuffled.
+        images augmented anew, labels). `draws` is the generator for this epoch, on the CPU, so that
+        all devices see equal batches. `order` has the indices of the epoch's images; without it
+        they are shuffled.
         """
         if order is None:
             order = torch.randperm(len(self.train_labels), generator=draws)
         order = order.to(self.train_labels.device)
-        # Each view has a generator of its own, so that a second view does not change the first.
+        # `draws` only shuffles. Each view has its own generator, so that a second view does not
+        # change the first.
         seed = draws.initial_seed() + 1
         generators = [torch.Generator().manual_seed(seed + k) for k in range(len(views))]
         for i in range(max(1, len(order) // batch_size)):
@@ -691,7 +695,8 @@ def make_data(args: argparse.Namespace, images: tuple, seed: int) -> Data:
     return Data(
         name=name,
         class_names=class_names,
-        train_padded=F.pad(x, (0, 0, pad, pad, pad, pad)).to(args.device),  # (0, 0): not colours
+        # From the last dimension: no padding of the colours, then of columns and rows
+        train_padded=F.pad(x, (0, 0, pad, pad, pad, pad)).to(args.device),
         train_labels=y.to(args.device),
         test_images=test_x.to(args.device),
         test_labels=test_y.to(args.device),
@@ -718,8 +723,8 @@ def split(x: Tensor, y: Tensor, size: int, seed: int, flag: str) -> tuple:
         )
     order = torch.randperm(len(y), generator=torch.Generator().manual_seed(seed))
     # Take the first image of every class, then the second of every class, until there are `size`.
-    # rank: which image of its class an image is, as 0 0 1 for classes a b a. To find it we sort by
-    # class, at random within a class.
+    # rank is 0 for the first image of its class, 1 for the second: 0 0 1 for classes a b a. To find
+    # it we sort by class, at random within a class.
     by_class = order[y[order].argsort(stable=True)]
     rank = torch.empty_like(y)
     for members in by_class.split(y.bincount().tolist()):
@@ -881,8 +886,8 @@ def hessian_trace(
     """Hutchinson's estimate of the trace of the Hessian H, and its standard error.
 
     H is the Hessian of loss_fn() with respect to all entries of `params`. The loss of a quantized
-    network is a step function, whose own Hessian is 0 almost everywhere. There H is the derivative
-    of the straight-through gradient, which `FakeQuantize.backward` returns [choice].
+    network is a step function, whose own Hessian is 0 almost everywhere. For such a network H is
+    the derivative of the straight-through gradient, which `FakeQuantize.backward` returns [choice].
 
     The estimate is the mean of v.Hv over random vectors v of entries -1 and 1. probes: how many, at
     least 2. generator: on the device of `params`.
@@ -1215,7 +1220,7 @@ class Progress:
 
 # What full precision depends on, so that all scripts and methods can share one network.
 FP_FLAGS = "model depth stem augment pad batch_size fp_epochs fp_lr fp_weight_decay".split()
-# Flags of the scripts that are not in `Checkpoint.settings`. Most do not shape training. Others
+# Flags, of any script, that are not in `Checkpoint.settings`. Most do not shape training. Others
 # have their effect in an entry that is there: --bits in wbits and abits; --train-size, --val and
 # --dataset in the checksum "data"; --seed and --method in "seed" and "method".
 NOT_SETTINGS = (
@@ -1362,7 +1367,7 @@ def finish(
     data = checkpoint.data
     model = checkpoint.parts["model"] if model is None else model
     method = method or checkpoint.method
-    if method not in checkpoint.results:  # not yet done in an earlier call of the same command
+    if method not in checkpoint.results:  # else an earlier run has done it, and the file has it
         rewrite(f"{method}: renewing batch norm and evaluating on all {data.split} images")
         draws = torch.Generator().manual_seed(hashed("batch norm"))
         update_bn(data.batches(args.batch_size, draws, args.augment), model)  # ignores the labels
@@ -1390,9 +1395,9 @@ def finish(
 
 
 def record(args: argparse.Namespace, row: dict) -> None:
-    """Append `row` and what its digits depend on to OUT/results.jsonl, unless it is there already.
+    """Append a line to OUT/results.jsonl: `row`, and the software and hardware that it depends on.
 
-    It is there if run, method, bits and loss are the same.
+    It is left out if there is one already whose run, method, bits and loss are the same.
     """
     key = f"{row['run']} {row['method']} W{row['wbits']}A{row['abits']} {row['loss']:.6g}"
     processor = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
@@ -1403,7 +1408,7 @@ def record(args: argparse.Namespace, row: dict) -> None:
         "device": args.device,
     }
     line = json.dumps(row | {"key": key}) + "\n"
-    ending = json.dumps({"key": key})[1:] + "\n"  # the key is last, so a whole line ends so
+    ending = json.dumps({"key": key})[1:] + "\n"  # of a whole line; half a line does not have it
     path = args.out / "results.jsonl"
     with lock(path), open(path, "a+b", buffering=0) as file:
         file.seek(0)
@@ -1420,7 +1425,7 @@ def record(args: argparse.Namespace, row: dict) -> None:
 
 def full_precision(args: argparse.Namespace, data: Data, seed: int) -> tuple[nn.Module, dict]:
     """The full-precision network in eval mode and its result; trained once, then read."""
-    # Only these flags, so that no other one can shape the network that all commands share
+    # Only these flags, so that no other one can shape the network that the QAT scripts share
     flags = argparse.Namespace(**{flag: getattr(args, flag) for flag in FP_FLAGS})
     model, optimizer = new_network(flags, data, seed, args.device)
     checkpoint = Checkpoint(

@@ -18,7 +18,7 @@ our own decisions, among them all constants, are marked [choice].
     L = CE + lambda L_con    consistent(student, teacher, views, labels, ...)   summaries
 
     python cr_qat.py --bits 2                         full precision, baseline (LSQ), CR
-    python cr_qat.py --bits 2 --ablate --diagnose     what else could explain a gain; sensitivity
+    python cr_qat.py --bits 2 --ablate --diagnose     all methods and controls; sensitivity
 """
 
 import copy
@@ -47,13 +47,15 @@ GUESSES = {
     "lambda_max": 1.0,
     "ema": 0.999,
     "ramp_epochs": 5.0,
-    "stem": "imagenet",  # for CIFAR-100 add --stem cifar; fpq.py says why
+    # torchvision's own first layers: with them full precision is about FPQ's on CIFAR-10. On
+    # CIFAR-100 it is about FPQ's with --stem cifar.
+    "stem": "imagenet",
     "fp_epochs": 200,
     "fp_lr": 0.1,
     "fp_weight_decay": 5e-4,
     "pad": 4,
 }
-LABELLED_PART = 4  # with --labels, the first quarter, 1 / 4, of each batch has labels [choice]
+LABELLED_SHARE = 1 / 4  # with --labels, this share of each batch has labels [choice]
 VIEWS = ["none", "flip", "crop+flip", "crop+flip+noise", "crop+flip+colour"]
 
 
@@ -71,8 +73,8 @@ def parse_args() -> Namespace:
     flag("--ema", type=number(float, 0, 1), default=0.9,
          help="alpha: share of the average that a step keeps (default: 0.9)")
     flag("--views", choices=VIEWS, nargs="+", default=[], metavar="VIEW",
-         help="augmentation of the student's view, then of the teacher's; one value sets both "
-              f"(default: --augment, which the baseline always has); from {', '.join(VIEWS)}")
+         help="augmentation of the student's view, then of the teacher's; one value sets both. The "
+              f"baseline always has --augment, the default here; from {', '.join(VIEWS)}")
     flag("--labels", type=number(int, 1, 10**9),
          help="keep so many labels (default: all); an epoch is one pass over those images")
     flag("--ablate-views", action="store_true",
@@ -125,7 +127,8 @@ def ema_update(teacher: nn.Module, student: nn.Module, updates: int, alpha: floa
     """
     keep = min(1 - 1 / (updates + 1), alpha)
     update = get_ema_multi_avg_fn(keep)
-    update(list(teacher.parameters()), list(student.parameters()), None)  # a count, not used
+    # torch hands such functions the number of averages as well, which this one ignores
+    update(list(teacher.parameters()), list(student.parameters()), None)
 
 
 def distort(images: Tensor, name: str) -> Tensor:
@@ -151,15 +154,14 @@ def distort(images: Tensor, name: str) -> Tensor:
 
 def baseline(student, average, network, views, labels, ramp, args):
     """QAT with the quantizer and nothing else. It has one view, and labelled images only."""
-    # With --labels, the first quarter of a batch has labels
-    count = len(labels) // LABELLED_PART if args.labels else len(labels)
+    count = int(len(labels) * LABELLED_SHARE) if args.labels else len(labels)
     return F.cross_entropy(student(views[0][:count]), labels[:count])
 
 
 def two_view(student, average, network, views, labels, ramp, args):
     """A control: the student learns the labels of both views, by the mean of the two losses."""
-    # `baseline` takes the first of the views that it is given
     one = baseline(student, average, network, views, labels, ramp, args)
+    # The same loss on the second view, which comes first in views[1:]
     other = baseline(student, average, network, views[1:], labels, ramp, args)
     return (one + other) / 2
 
@@ -217,7 +219,8 @@ def hide_labels(data: Data, count: int, seed: int) -> Data:
     keep = keep.to(data.train_labels.device)
     labels = torch.full_like(data.train_labels, -100)
     labels[keep] = data.train_labels[keep]
-    fingerprint = f"{data.fingerprint}-{count}"  # so that each count has its own full precision
+    # So that the checkpoint of another count is not taken for this one's
+    fingerprint = f"{data.fingerprint}-{count}"
     return replace(data, fingerprint=fingerprint, train_labels=labels)
 
 
@@ -229,20 +232,21 @@ def labelled_images(data: Data) -> Data:
 
 
 def mixed_order(labels: Tensor, batch_size: int, draws: torch.Generator) -> Tensor:
-    """The indices of an epoch. In each batch, the first quarter are labelled images.
+    """The indices of an epoch. The first LABELLED_SHARE of each batch are labelled images.
 
-    An epoch is one pass over the labelled images; the others are drawn with replacement [choice].
+    An epoch ends after one pass over the labelled images. The images without a label are drawn with
+    replacement [choice].
     """
-    quarter = batch_size // LABELLED_PART
+    share = int(batch_size * LABELLED_SHARE)
     known = (labels >= 0).nonzero().flatten()
     unknown = (labels < 0).nonzero().flatten()
     known = known[torch.randperm(len(known), generator=draws)]
-    steps = max(1, len(known) // quarter)
-    if len(known) < quarter:  # too few for the only step: repeat them more than enough
-        known = known.repeat(quarter)
-    known = known[: steps * quarter]
-    chosen = torch.randint(len(unknown), (steps, batch_size - quarter), generator=draws)
-    return torch.cat([known.reshape(steps, quarter), unknown[chosen]], 1).flatten()
+    steps = max(1, len(known) // share)
+    if len(known) < share:  # fewer than one batch needs: repeat them
+        known = known.repeat(share)  # more than enough; the next line cuts the rest off
+    known = known[: steps * share]
+    chosen = torch.randint(len(unknown), (steps, batch_size - share), generator=draws)
+    return torch.cat([known.reshape(steps, share), unknown[chosen]], 1).flatten()
 
 
 def views_of(args: Namespace, method: str) -> list[str]:
@@ -271,9 +275,11 @@ def train(
 ) -> tuple[nn.Module, list[dict]]:
     """Returns (the quantized network, its rows of results).
 
-    Student and average start as quantized copies of `network`. name: of the run, if not the method.
+    Student and average start as quantized copies of `network`. name: what the results call the run;
+    by default that is the method.
     """
-    # Labelled images alone calibrate and, at the end, renew batch norm's statistics [choice]
+    # Calibration has labelled images alone [choice]. So has `finish`, which renews batch norm's
+    # statistics with the data of the checkpoint.
     labelled = labelled_images(data)
     student = quantize(network, args.wbits, args.abits, args.quantizer)
     calibrate(student, labelled.sample(100)[0])
@@ -283,8 +289,8 @@ def train(
     checkpoint = Checkpoint(
         args, labelled, name, seed, args.epochs, model=student, optimizer=optimizer, average=average
     )
-    # With --labels, an epoch is one pass over the labelled images alone
-    per_batch = args.batch_size // LABELLED_PART if args.labels else args.batch_size
+    # With --labels, an epoch ends after one pass over the labelled images
+    per_batch = int(args.batch_size * LABELLED_SHARE) if args.labels else args.batch_size
     steps = labelled.steps(per_batch)
     done = checkpoint.load()  # how many epochs its file has done; 0 to start anew
 
@@ -333,14 +339,14 @@ def weight_bins(model: nn.Module) -> Tensor:
 def figures_of_epoch(
     args: Namespace, data: Data, method: str, parts: dict, network: nn.Module
 ) -> dict:
-    """What another step would do, at the full weight of the consistency term.
+    """The state after an epoch, and what one more step would change.
 
-    parts: model, which is the student, optimizer and average; we use copies. ratio: |gradient of
-    the term| / |gradient of the cross-entropy|, 0 for methods without a term. trace: that of the
-    cross-entropy's Hessian, with its standard error. changed: the share of weights whose integer
-    the step changes, without the first and the last layer.
+    ratio: |gradient of the consistency term| / |gradient of the cross-entropy|, at the term's full
+    weight; 0 for methods without the term. trace: that of the cross-entropy's Hessian, with its
+    standard error. changed: the share of weights whose integer one more step changes, without the
+    first and the last layer. parts: model, which is the student, optimizer and average.
     """
-    # In one call, so that the copied optimizer has the copied student's weights
+    # Copies take the step. One call copies all, so the optimizer keeps the student's weights.
     parts = copy.deepcopy(parts)
     student = parts["model"]
     draws = torch.Generator().manual_seed(0)
@@ -404,7 +410,7 @@ def sensitivity(model: nn.Module, data: Data, place: str, sigma: float) -> tuple
 
 
 def diagnose(data: Data, trained: dict[str, tuple]) -> None:
-    """Print what abstract and summaries claim, for the networks of the last seed."""
+    """Measure what abstract and summaries claim, on the networks of the last seed."""
     models = [model for model, _ in trained.values()]
     histories = [rows[0]["history"] for _, rows in trained.values()]
     for place in ("input", "weight"):

@@ -15,7 +15,7 @@ same authors, which we cite as "authors". Our own decisions are marked [choice].
     dW, dx                  quantization_error(t, quantizer)                  authors
     ||W dx||^2, ||dW x||^2  error_decomposition(layer, x): AQE, WQE           authors
     n_t                     DifferentialWeightNoise.add, .remove              authors
-    x + M n                 ActivationNoise; M ~ Bernoulli(P), P by --rho     authors
+    x + M n                 ActivationNoise: n is like dx, M ~ Bernoulli(P)  authors
     lambda and its ramp     --noise-lambda, --ramp-epochs                     authors
     w + r g / |g|           common.sam_loss, r is --sam-rho                   Foret 2021
 
@@ -152,7 +152,7 @@ class DifferentialWeightNoise:
     """Gaussian noise like the weights' quantization error, by output channel.
 
     In step t the weights are w + n_t while gradient and step are taken; then n_t is removed. So w
-    itself takes an ordinary step, with the gradient at w + n_t:
+    itself takes an ordinary step, with the gradient (and the weight decay) of w + n_t:
 
         w_(t+1) = w_t - lr dL/dw(w_t + n_t),   n_t = lambda (mu + sigma e),   e ~ N(0, 1)
 
@@ -204,7 +204,7 @@ class DifferentialWeightNoise:
 class AdditiveWeightNoise(DifferentialWeightNoise):
     """The same noise, removed before the step instead of after it [choice].
 
-    The step is the same but for weight decay: here it shrinks w, there w + n_t.
+    The step is the same but for weight decay, which is now that of w, not of w + n_t.
     """
 
     def before_step(self) -> None:
@@ -219,9 +219,10 @@ class IsotropicWeightNoise(DifferentialWeightNoise):
         super().measure()
         squares = 0
         for w, (mean, std) in self.statistics.items():
-            squares = squares + (mean**2 + std**2).sum() * (w.numel() / len(w))
-        std = (squares / sum(w.numel() for w in self.statistics)).sqrt()
-        self.statistics = {w: (torch.zeros_like(std), std) for w in self.statistics}
+            values_per_channel = w.numel() / len(w)
+            squares = squares + (mean**2 + std**2).sum() * values_per_channel
+        shared = (squares / sum(w.numel() for w in self.statistics)).sqrt()
+        self.statistics = {w: (torch.zeros_like(shared), shared) for w in self.statistics}
 
 
 class ActivationNoise:
@@ -229,8 +230,9 @@ class ActivationNoise:
 
         x <- x + M lambda (mu + sigma e),   M ~ Bernoulli(P),   e ~ N(0, 1)
 
-    On all elements it would be too much. It is at the input of every layer [choice; the authors:
-    at the outputs of ReLUs], not at attention's products, which have no weights.
+    With noise on every element, training collapses, say the authors. It is at the input of every
+    layer [choice; the authors: at the outputs of ReLUs], not at attention's products, which have no
+    weights.
     """
 
     def __init__(
@@ -328,13 +330,22 @@ ACTIVATION_NOISES = ["activation", "weight+activation"]
 # ----------------------------------------------------------------------------------- the training
 
 
-def learning_rate(args: Namespace, step: int, total: int) -> float:
-    """The learning rate as a share of its peak: a cosine or, with --swa-rate, held at the end."""
+def swa_start(args: Namespace) -> int:
+    """The first epoch that SWA averages: it takes the last half of them."""
+    return args.fp_epochs // 2
+
+
+def learning_rate(args: Namespace, step: int, steps: int) -> float:
+    """The learning rate as a share of its peak; `steps` are those of an epoch.
+
+    A cosine down to 0 at the end or, with --swa-rate, down to that rate, which is held during SWA.
+    """
     if not args.swa_rate:
-        return common.cosine(step, total, warmup=0.1)
-    half = total // 2
-    share = common.cosine(step, half, warmup=0.1) if step < half else 0
-    return max(share, args.swa_rate)
+        return common.cosine(step, args.fp_epochs * steps, warmup=0.1)
+    held_from = swa_start(args) * steps
+    if step >= held_from:
+        return args.swa_rate
+    return max(args.swa_rate, common.cosine(step, held_from, warmup=0.1))
 
 
 def weight_noise_bits(args: Namespace, method: str) -> int:
@@ -362,7 +373,6 @@ def train(args: Namespace, data: Data, method: str, seed: int) -> dict[str, tupl
         args, data, method, seed, args.fp_epochs, model=model, optimizer=optimizer, average=average
     )
     steps = data.steps(args.batch_size)
-    total = args.fp_epochs * steps
     done = checkpoint.load()  # how many epochs its file has done; 0 to start anew
 
     for epoch in range(done, args.fp_epochs):
@@ -378,7 +388,7 @@ def train(args: Namespace, data: Data, method: str, seed: int) -> dict[str, tupl
         for i, (images, labels) in enumerate(batches):
             step = epoch * steps + i
             # Learning rate, and strength of the noise: lambda, after a linear ramp
-            common.set_rate(optimizer, optimizer.defaults["lr"] * learning_rate(args, step, total))
+            common.set_rate(optimizer, optimizer.defaults["lr"] * learning_rate(args, step, steps))
             strength = args.noise_lambda * linear_ramp(step / steps, args.ramp_epochs)
             # Noise added: the weights become w + n_t
             weight_noise.add(strength)
@@ -393,8 +403,8 @@ def train(args: Namespace, data: Data, method: str, seed: int) -> dict[str, tupl
             # Noise removed: w has made its step
             weight_noise.remove()
             progress.add(loss=loss)
-        # SWA averages the last half of the epochs
-        if epoch >= args.fp_epochs // 2:
+        # SWA: into the average
+        if epoch >= swa_start(args):
             average.update_parameters(model)
         # Evaluation on some test images, checkpoint, a printed row
         common.end_epoch(checkpoint, progress)

@@ -19,7 +19,7 @@ Eq. 3. z_l is the output of layer l. We call these outputs features.
     z_l = w_hat * (x_l + delta)      perturbed(student, p); w_hat, x_l are quantized   Eq. 16
     z_l standardized                 standardize(features)                             Eq. 15
     L_CSD                            csd_loss(student_feats, teacher_feats)            Eq. 17
-    L = L_CE + L_CSD                 fpq(student, teacher, images, labels, args)       Eq. 22
+    L = L_CE + L_CSD                 fpq(student, ...); our L_CSD has a weight         Eq. 22
 
     python fpq.py --bits 2                         full precision; LSQ (learned step sizes); FPQ
     python fpq.py --bits 2 --ablate --diagnose     all methods, the paper's figures as numbers
@@ -38,8 +38,7 @@ from torch import Tensor, nn
 
 # What --recipe paper sets: section 4 of the paper, and our guesses [choice] where it is silent. The
 # stem is the first layers of ResNet-18. With torchvision's own, "imagenet", the network reaches
-# about the paper's full-precision accuracy on CIFAR-10. For CIFAR-100 add --stem cifar yourself:
-# there it is that stem which fits.
+# about the paper's full-precision accuracy on CIFAR-10. On CIFAR-100 --stem cifar does.
 PAPER = {
     "model": "resnet18",
     "dataset": "cifar10",
@@ -83,9 +82,9 @@ def stochastic_feature_perturbation(x: Tensor, step_size: Tensor, p: float) -> T
 
         x + delta,   delta ~ U[-s/2, s/2] for each element
 
-    x has any shape; step_size s broadcasts against it. Each layer tosses its own coin, so that
-    noise is seldom in many layers at once, which Prop. 1 of the paper warns of. No gradient flows
-    through delta [choice].
+    x has any shape; step_size s broadcasts against it. Prop. 1 of the paper warns of noise in many
+    layers at once. So each layer tosses its own coin, and few have noise in the same step. No
+    gradient flows through delta [choice].
     """
     if torch.rand(()) >= p:  # Eq. 14; on the CPU, so that no device is waited for
         return x
@@ -116,11 +115,12 @@ def csd_loss(student_feats: list[Tensor], teacher_feats: list[Tensor]) -> Tensor
 
     Both lists hold the outputs, N x C x ..., of the same layers. We take means where the paper has
     sums [choice], because a sum grows with batch, image and depth, and drowns the cross-entropy.
-    For one channel the mean is 2 (1 - r), where r is the correlation of student and teacher.
+    For one channel the mean is 2 (1 - r), where r is the correlation of student and teacher: both
+    have variance 1.
     """
     distances = []
     for student, teacher in zip(student_feats, teacher_feats, strict=True):
-        # Back to channels last, as in memory: the mean is the same, and found faster
+        # The mean is the same in any order, and found faster in that of memory: channels last
         student = standardize(student).movedim(1, -1)
         teacher = standardize(teacher).movedim(1, -1)
         distances.append(F.mse_loss(student, teacher))
@@ -130,6 +130,7 @@ def csd_loss(student_feats: list[Tensor], teacher_feats: list[Tensor]) -> Tensor
 def perturbed(student: nn.Module, p: float, noise_at: str = "operand"):
     """A context in which SFP acts on the inputs of all layers but the classifier.
 
+    It is done by hooks on the quantizers of these inputs.
     noise_at "operand" puts the noise on the quantized input, as in Eq. 16. "input" puts it on the
     input before it is quantized, so that rounding becomes stochastic. "weight" puts it on the
     quantized weights instead, as Fig. 2 compares. Both factors of attention's products,
@@ -213,7 +214,8 @@ def csd(student, teacher, images, labels, args):
 def fpq(student, teacher, images, labels, args):
     """FPQ, Eq. 22: the loss of `csd`, with the student perturbed.
 
-    The paper's sum has no weight. Ours, --csd-weight, belongs to the mean [choice].
+    The paper's sum has no weight. Our mean is much smaller, so it has one, --csd-weight; its
+    default was the best on held-out images [choice].
     """
     with perturbed(student, args.p, args.noise_at):  # Eq. 14, 16
         return csd(student, teacher, images, labels, args)  # Eq. 22
@@ -303,7 +305,8 @@ def figures_of_epoch(
 
     gradient: the norm of the loss's gradient, Fig. 2
     trace: that of the cross-entropy's Hessian, Fig. 5, with its standard error
-    ratio: |gradient of the term that the method adds| / |gradient of the cross-entropy|, or 0
+    ratio: |gradient of the term that the method adds| / |gradient of the cross-entropy|; 0 for
+        methods that add no term
     """
     student = copy.deepcopy(student)
     images, labels = data.sample(256)
@@ -333,8 +336,8 @@ def output_variance(model: nn.Module, images: Tensor, sigma: float, times: int =
 
 
 @torch.no_grad()
-def relu_output(model: nn.Module, images: Tensor) -> Tensor:
-    """Fig. 3, 4: the input of the second layer, values x channels, quantized if that layer is.
+def second_layer_input(model: nn.Module, images: Tensor) -> Tensor:
+    """Fig. 3, 4: what the second layer multiplies by, values x channels: quantized, if it is.
 
     In ResNets and MobileNets it is the output of a ReLU, max-pooled with the "imagenet" stem.
     """
@@ -366,7 +369,7 @@ def diagnose(data: Data, network: nn.Module, trained: dict[str, tuple]) -> None:
         "        (the paper compares sfp with sfp --noise-at weight)"
     )
     common.print_by_epoch(trained, histories, "gradient", lambda norm: f"{norm:.3f}")
-    values = [relu_output(model, images) for model in models]
+    values = [second_layer_input(model, images) for model in models]
     print("\nFig. 3: a channel's mean and largest value, at the input of the second layer")
     common.print_row("channel", "fp", *trained)
     for channel in range(min(32, values[0].shape[1])):

@@ -3,22 +3,23 @@ Extremely Low Bit Quantization-Aware Training", arXiv 2509.15514.
 
 The idea. Few bits bias what a network represents. MEC-Quant keeps the features rich while the
 network learns the labels: it maximises their entropy, measured by the length of a lossy code for
-them. Features have a long tail: those of a few images are far larger than most. A mixture of
-experts, each for images of one size, is to handle it. The loss is the cross-entropy minus beta
-times the relative length.
+them. The loss is the cross-entropy minus beta times this length, divided by the longest possible.
+Features have a long tail: those of a few images are far larger than most. A mixture of experts,
+each for images of one size, is to handle it.
 
 We had only the abstract and summaries, which name the coding length and the experts. Length and
 series are those of Ma et al. 2007 and Liu et al. 2022 (MEC). The rest is ours, marked [choice]:
 what the features are, and how the experts share the images. Our experts share the images of a batch
-softly, by the norm of their features, so that images of one scale are coded together. The norm
-decides nothing else: what is coded are directions, that is, features minus their mean over the
-batch, scaled to norm 1. Whether the authors' experts work like this, we do not know.
-The formula of the mixture is that of maximal coding rate reduction (Yu et al. 2020), which
-minimises it for given classes; we maximise it.
+softly, by the norm of their features, so that images of one size are coded together. What is coded
+are directions: features minus their mean over the batch, scaled to norm 1. This alone removes the
+tail. Experts then make images of one size spread out among themselves; the methods `mec`, without
+experts, and `random` show if that matters. Whether the authors' experts work like this, we do not
+know. The formula of the mixture is that of Yu et al. 2020 (maximal coding rate reduction), who make
+it small within given classes; we make it large.
 
     symbol                                                                             from
     Z: m x d              normalized_rows(features): m images, d features              [choice]
-    eps_d^2, lambda       --eps2, 1 / (m eps_d^2)                                      Liu
+    eps_d^2 = eps^2 / d   --eps2: the squared error per feature; lambda: 1/(m eps_d^2) Liu
     L(Z), L(Z1, Z2)       coding_length(z1, z2, eps2=..., order=...)                   Ma, Liu
     pi_jk                 scale_gates(magnitudes, K): m x K                            [choice]
     L_moe                 moe_coding_length(z, gates, eps2=...)                        [choice]
@@ -53,7 +54,9 @@ FPQ_SETTINGS = {
     "weight_decay": 5e-4,
 }
 GUESSES = {
-    "stem": "imagenet",  # for CIFAR-100 add --stem cifar; fpq.py says why
+    # torchvision's own first layers: with them full precision is about FPQ's on CIFAR-10. On
+    # CIFAR-100 it is about FPQ's with --stem cifar.
+    "stem": "imagenet",
     "fp_epochs": 200,
     "fp_lr": 0.1,
     "fp_weight_decay": 5e-4,
@@ -122,8 +125,9 @@ def series_logdet(c: Tensor, order: int) -> Tensor:
 def exact_logdet(c: Tensor, symmetric: bool) -> Tensor:
     """log |det(I + C)| of one n x n matrix C or of a stack of them.
 
-    If C = lambda Z^T Z, I + C is symmetric and positive definite. Then Cholesky factors are enough,
-    which need not wait for the device. With a second branch, C = lambda Z^T Z2, it is neither.
+    If C = lambda Z^T Z, I + C is symmetric and positive definite, and Cholesky factors are enough.
+    cholesky_ex does not check for errors, so nothing waits for the device. With a second branch,
+    C = lambda Z^T Z2, the determinant may be negative; we take its absolute value [choice].
     """
     identity = torch.eye(c.shape[-1], dtype=c.dtype, device=c.device)
     if symmetric:
@@ -141,29 +145,28 @@ def coding_length(
         L = mu log det(I + lambda Z1^T Z2),   mu = (m + d) / 2,   lambda = 1 / (m eps_d^2)
 
     The code may make the squared error eps_d^2 per feature. log det / 2 is the length for one row:
-    the logarithm of how many balls of that error fill the volume that the features take. The code
-    has m rows, and d principal directions, each at the cost of a row: hence m + d (Ma).
+    the logarithm of how many balls of squared radius d eps_d^2 fill the volume that the features
+    take. The code has m rows, and d principal directions, each at the cost of a row: hence m + d
+    (Ma). Z2, a second branch as in Liu et al., is Z1 by default. Our method with two branches,
+    `branch`, has experts, and so calls `moe_coding_length` instead.
 
-    Z2, a second branch as in Liu et al., is Z1 by default. Of our methods only `branch` has two,
-    and it goes through `moe_coding_length`.
-
-    As det(I + AB) = det(I + BA), we take the smaller of the d x d and the m x m matrix, or its
-    transpose. The default is exact. An even `order` takes the series of Liu et al.; if it diverges,
-    a warning says so and the exact value is used [choice]. Other orders raise ValueError.
+    As det(I + AB) = det(I + BA), we take the smaller one of a d x d and an m x m matrix. The
+    default is exact. An even `order` takes the series of Liu et al.; if it diverges, a warning says
+    so and the exact value is used [choice]. Other orders raise ValueError.
     """
     m, d = z1.shape
     z2 = z1 if z2 is None else z2
     c = (z1.T @ z2 if d < m else z1 @ z2.T) / (m * eps2)
     if order is not None and series_converges(c, order):
         return (m + d) / 2 * series_logdet(c, order)
-    return (m + d) / 2 * exact_logdet(c, symmetric=z2 is z1)
+    return (m + d) / 2 * exact_logdet(c, symmetric=(z2 is z1))
 
 
 def series_converges(c: Tensor, order: int) -> bool:
     """Whether the series may be used: a spectral norm of C below 1. Warns if it is not.
 
-    It waits for the device. Raises ValueError for an odd order: the series is then convex in
-    large eigenvalues, and rewards features that are alike.
+    The norm has to wait for the device. Raises ValueError for an odd order: the series is then
+    convex in the larger eigenvalues (order 3: above 1/2), and rewards features that are alike.
     """
     if order % 2 or order < 2:
         raise ValueError(f"order should be even and positive, not {order}")
@@ -195,6 +198,7 @@ def moe_coding_length(z: Tensor, gates: Tensor, *, eps2: float, z2: Tensor | Non
     """
     m, d = z.shape
     n = gates.sum(0).clamp_min(common.TINY)
+    # The root of the gates, K x m x 1, on both sides gives Z^T diag(pi_k) Z2
     root = gates.T.sqrt()[:, :, None]
     left = root * z  # K x m x d
     right = left if z2 is None else root * z2
@@ -209,14 +213,15 @@ def scale_gates(magnitudes: Tensor, experts: int) -> Tensor:
 
     magnitudes: m, the norms of the images' features before `normalized_rows`. A long tail is a
     mixture of scales, so an expert stands for a scale. Expert k has a Gaussian over log-magnitudes.
-    Its mean is the (k + 1/2) / K quantile of the batch, its width the batch's standard deviation
-    divided by K. pi_jk is Gaussian k at image j, divided by the sum of all K. No gradient flows.
+    Its mean is their (k + 1/2) / K quantile in the batch. Its width is their standard deviation in
+    the batch, divided by K. pi_jk is Gaussian k at image j, divided by the sum of all K. No
+    gradient flows.
     """
-    scale = magnitudes.detach().clamp_min(common.TINY).log()
-    numbers = torch.arange(experts, device=scale.device, dtype=scale.dtype)
-    levels = (numbers + 0.5) / experts
-    width = scale.std(correction=0) / experts + 1e-6
-    distance = (scale[:, None] - scale.quantile(levels)) / width
+    log_magnitudes = magnitudes.detach().clamp_min(common.TINY).log()
+    numbers = torch.arange(experts, device=magnitudes.device, dtype=magnitudes.dtype)
+    means = log_magnitudes.quantile((numbers + 0.5) / experts)
+    width = log_magnitudes.std(correction=0) / experts + 1e-6
+    distance = (log_magnitudes[:, None] - means) / width
     return (-0.5 * distance.square()).softmax(1)
 
 
@@ -226,7 +231,11 @@ def random_gates(magnitudes: Tensor, experts: int) -> Tensor:
 
 
 def longest_code(m: int, d: int, eps2: float) -> float:
-    """L_max: L(Z) of m unit rows that spread evenly over r directions, so that L / L_max <= 1."""
+    """L_max, the largest L(Z) of m unit rows, so that L / L_max <= 1.
+
+    The eigenvalues of Z^T Z sum to m, and at most r = min(m, d) are not 0. As log is concave, the
+    length is largest if all r are m / r.
+    """
     r = min(m, d)
     return (m + d) / 2 * r * math.log(1 + 1 / (r * eps2))
 
@@ -248,7 +257,7 @@ def penultimate(model: nn.Module) -> Iterator[list[Tensor]]:
 
 
 # Each method is a function that returns the loss of a batch: images N x 3 x 32 x 32, labels N.
-# All methods start from the same network.
+# All methods start from the same network. Only `branch` uses the teacher.
 
 
 def baseline(
@@ -273,7 +282,7 @@ def mixture(student, images, labels, args, gates_of, other=None):
     with penultimate(student) as features:
         logits = student(images)
     z = normalized_rows(features[0])
-    gates = gates_of(features[0].detach().norm(dim=1), args.experts)
+    gates = gates_of(features[0].norm(dim=1), args.experts)
     length = moe_coding_length(z, gates, eps2=args.eps2, z2=other)
     share = length / longest_code(*z.shape, args.eps2)
     return F.cross_entropy(logits, labels) - args.beta * share
@@ -403,7 +412,7 @@ def spectrum(features: Tensor, eps2: float) -> tuple[float, float, float]:
 
 
 def diagnose(args: Namespace, data: Data, network: nn.Module, trained: dict) -> None:
-    """Print what the abstract claims, for the networks of the last seed."""
+    """Print what checks the abstract's claims, and the series, for the last seed's networks."""
     histories = [row["history"] for _, row in trained.values()]
     features = {"fp": features_of(network, data)}
     for name, (model, _) in trained.items():
@@ -420,7 +429,7 @@ def diagnose(args: Namespace, data: Data, network: nn.Module, trained: dict) -> 
     name = "mec-quant" if "mec-quant" in trained else list(trained)[-1]
     magnitudes = features[name].norm(dim=1)
     gates = scale_gates(magnitudes, args.experts)
-    print(f"\nscale gates on {name}: mean gate; magnitudes of images whose largest gate is this")
+    print(f"\nscale gates on {name}: mean gate; magnitudes of images that are mostly this expert's")
     common.print_row("expert", "gate", "from", "to")
     for k in range(args.experts):
         own = magnitudes[gates.argmax(1) == k]

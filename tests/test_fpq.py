@@ -225,7 +225,7 @@ def test_fig3_and_fig4_are_of_what_the_second_layer_multiplies(tiny_data):
     x = network[0](images)
     x_hat = student[1][0].input_quantizer(student[0](images))
     for model, expected in ((network, x), (student, x_hat)):
-        found = fpq.relu_output(model, images)
+        found = fpq.second_layer_input(model, images)
         same(found, expected.detach().permute(0, 2, 3, 1).reshape(-1, 4))
 
 
