@@ -15,7 +15,7 @@ same authors, which we cite as "authors". Our own decisions are marked [choice].
     dW, dx                  quantization_error(t, quantizer)                  authors
     ||W dx||^2, ||dW x||^2  error_decomposition(layer, x): AQE, WQE           authors
     n_t                     DifferentialWeightNoise.add, .remove              authors
-    x + M n                 ActivationNoise: n is like dx, M ~ Bernoulli(P)  authors
+    x + M n                 ActivationNoise: n is like dx, M ~ Bernoulli(P)   authors
     lambda and its ramp     --noise-lambda, --ramp-epochs                     authors
     w + r g / |g|           common.sam_loss, r is --sam-rho                   Foret 2021
 
