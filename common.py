@@ -119,10 +119,8 @@ class Quantizer(nn.Module):
     point are NaN until `calibrate`. If training makes a step size negative, its absolute value is
     used.
 
-    At 8 bits the step size is a buffer and stays as calibrated [choice]. LSQ's gradient scale fits
-    LSQ's own first step size, 2 mean|x| / sqrt(q_max). The calibrated one is about 1 / sqrt(q_max)
-    of that. So, relative to its size, it would move about sqrt(q_max) times too fast. With few bits
-    this does no harm, but at 8 bits it grew ninefold in our trials.
+    At 8 bits the step size is a buffer and stays as calibrated [choice]. When we learned it, it
+    grew ninefold: it is small, and with the factor of `grad_scale` it moves far for its size.
 
     Raises ValueError for bits outside 1 to 8 or, with `channels`, outside 2 to 8.
     """
@@ -190,11 +188,10 @@ class Quantizer(nn.Module):
         high = rows.amax(1).clamp_min(0)
         width = high - low
         widest = width.max() if width.max() > TINY else 1
-        # A channel of zeros gets the range of the widest channel, below 0
+        # A channel of zeros gets a range as wide as the widest channel's
         low = torch.where(width > TINY, low, -widest)
-        # On the upper bound of the grid an x of 0 would have no gradient, and never grow. So a
-        # range without values above 0 gets one level there, and z is q_max - 1. A single bit has no
-        # level to spare.
+        # Without values above 0, z would be q_max: 0 would be the top level, where x has no
+        # gradient. So we add one level above 0. A single bit has no level to spare.
         if self.bits > 1:
             high = torch.where(high > 0, high, -low / (self.qmax - 1))
         S = (high - low) / self.qmax  # Eq. 4
@@ -255,14 +252,10 @@ class PACT(Quantizer):
 
     n is the number of levels above 0: q_max - z, where z is 0 unless the data are signed.
 
-    The parameter is s, but alpha = n s should move as if it were the parameter, by -lr dL/dalpha at
-    the learning rate lr. By the chain rule dL/ds is n dL/dalpha, and alpha moves n times as far as
-    s. So we divide the gradient of s by n^2:
-
-        n (-lr dL/ds / n^2) = -lr dL/dalpha
-
-    alpha starts where LSQ's grid ends. If the data are signed, we clip at -z s as well, and values
-    below that move s too [choices].
+    We store s instead of alpha = n s. By the chain rule dL/ds is n dL/dalpha, and a step of s moves
+    alpha n times as far. We divide the gradient of s by both factors, n^2. Then alpha moves as if
+    it were the parameter itself. alpha starts where LSQ's grid ends. If the data are signed, we
+    clip at -z s as well, and values below that move s too [choices].
     """
 
     decays = True  # as in PACT's paper: weight decay keeps alpha, and so the rounding error, small
@@ -722,9 +715,8 @@ def split(x: Tensor, y: Tensor, size: int, seed: int, flag: str) -> tuple:
             f"{len(y) - 1}, all training images but one"
         )
     order = torch.randperm(len(y), generator=torch.Generator().manual_seed(seed))
-    # Take the first image of every class, then the second of every class, until there are `size`.
-    # rank is 0 for the first image of its class, 1 for the second: 0 0 1 for classes a b a. To find
-    # it we sort by class, at random within a class.
+    # Shuffle, then number the images of each class 0, 1, 2, ... in the shuffled order. This is an
+    # image's rank. Take the `size` lowest ranks.
     by_class = order[y[order].argsort(stable=True)]
     rank = torch.empty_like(y)
     for members in by_class.split(y.bincount().tolist()):
@@ -886,8 +878,8 @@ def hessian_trace(
     """Hutchinson's estimate of the trace of the Hessian H, and its standard error.
 
     H is the Hessian of loss_fn() with respect to all entries of `params`. The loss of a quantized
-    network is a step function, whose own Hessian is 0 almost everywhere. For such a network H is
-    the derivative of the straight-through gradient, which `FakeQuantize.backward` returns [choice].
+    network is a step function, whose true Hessian is 0 almost everywhere. There we differentiate
+    the straight-through gradient once more, and call the result H [choice].
 
     The estimate is the mean of v.Hv over random vectors v of entries -1 and 1. probes: how many, at
     least 2. generator: on the device of `params`.
@@ -1218,11 +1210,12 @@ class Progress:
         return "  ".join(f"{name} {mean:.4f}" for name, mean in self.means().items())
 
 
-# What full precision depends on, so that all scripts and methods can share one network.
+# What full precision depends on, so that the three QAT scripts can share one network; flat_quant.py
+# trains its own.
 FP_FLAGS = "model depth stem augment pad batch_size fp_epochs fp_lr fp_weight_decay".split()
-# Flags, of any script, that are not in `Checkpoint.settings`. Most do not shape training. Others
-# have their effect in an entry that is there: --bits in wbits and abits; --train-size, --val and
-# --dataset in the checksum "data"; --seed and --method in "seed" and "method".
+# Flags, of any script, that are not in `Checkpoint.settings`. Most do not shape training. For the
+# others there is another entry: wbits and abits for --bits; the checksum "data" for --train-size,
+# --val and --dataset; "seed" and "method".
 NOT_SETTINGS = (
     "out data_dir dataset train_size val device recipe bits seed method ablate ablate_views "
     "diagnose more_bits resume dry_run script command epochs_left"
@@ -1234,9 +1227,9 @@ class Checkpoint:
 
     `parts` are all that training changes, "model" and "optimizer" at least. `settings` are method,
     seed, a checksum of the data, and all flags but those in NOT_SETTINGS. For full precision, which
-    all methods and scripts share, only the flags in FP_FLAGS count. The file's name ends in a hash
-    of the settings, so that runs of other settings have other files. Code is not among them: after
-    a change of code, delete old files.
+    is shared, only the flags in FP_FLAGS count. The file's name ends in a hash of the settings, so
+    that runs of other settings have other files. Code is not among them: after a change of code,
+    delete old files.
     """
 
     def __init__(self, args, data, method, seed, epochs, shared=False, **parts):
@@ -1408,7 +1401,8 @@ def record(args: argparse.Namespace, row: dict) -> None:
         "device": args.device,
     }
     line = json.dumps(row | {"key": key}) + "\n"
-    ending = json.dumps({"key": key})[1:] + "\n"  # of a whole line; half a line does not have it
+    # "key" is the last entry, so a whole line with this key ends like this
+    ending = json.dumps({"key": key})[1:] + "\n"
     path = args.out / "results.jsonl"
     with lock(path), open(path, "a+b", buffering=0) as file:
         file.seek(0)

@@ -33,8 +33,9 @@ from common import Checkpoint, Data, Progress, calibrate, hooked, quantize
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-# What --recipe paper sets. CR's own settings are not known, so these are FPQ's, a paper by the same
-# authors; see fpq.py. GUESSES are ours [choice], "ema" and "ramp_epochs" after the mean teacher.
+# What --recipe paper sets, for a long training; without it the defaults in `parse_args` apply, for
+# a short one. CR's own settings are not known, so these are FPQ's, a paper by the same authors; see
+# fpq.py. GUESSES are ours [choice], "ema" and "ramp_epochs" after the mean teacher.
 FPQ_SETTINGS = {
     "model": "resnet18",
     "dataset": "cifar10",
@@ -47,8 +48,8 @@ GUESSES = {
     "lambda_max": 1.0,
     "ema": 0.999,
     "ramp_epochs": 5.0,
-    # torchvision's own first layers: with them full precision is about FPQ's on CIFAR-10. On
-    # CIFAR-100 it is about FPQ's with --stem cifar.
+    # torchvision's own first layers: so accuracy in full precision is close to what FPQ's paper has
+    # on CIFAR-10. On CIFAR-100 --stem cifar comes closer.
     "stem": "imagenet",
     "fp_epochs": 200,
     "fp_lr": 0.1,
@@ -73,8 +74,8 @@ def parse_args() -> Namespace:
     flag("--ema", type=number(float, 0, 1), default=0.9,
          help="alpha: share of the average that a step keeps (default: 0.9)")
     flag("--views", choices=VIEWS, nargs="+", default=[], metavar="VIEW",
-         help="augmentation of the student's view, then of the teacher's; one value sets both. The "
-              f"baseline always has --augment, the default here; from {', '.join(VIEWS)}")
+         help="augmentation of the student's view, then of the teacher's; one value sets both; of "
+              f"{', '.join(VIEWS)} (default: --augment, which the baseline always has)")
     flag("--labels", type=number(int, 1, 10**9),
          help="keep so many labels (default: all); an epoch is one pass over those images")
     flag("--ablate-views", action="store_true",
@@ -153,7 +154,10 @@ def distort(images: Tensor, name: str) -> Tensor:
 
 
 def baseline(student, average, network, views, labels, ramp, args):
-    """QAT with the quantizer and nothing else. It has one view, and labelled images only."""
+    """QAT with the quantizer and nothing else. It has one view, and labelled images only.
+
+    With --labels these come first in a batch; see `mixed_order`.
+    """
     count = int(len(labels) * LABELLED_SHARE) if args.labels else len(labels)
     return F.cross_entropy(student(views[0][:count]), labels[:count])
 
@@ -278,8 +282,8 @@ def train(
     Student and average start as quantized copies of `network`. name: what the results call the run;
     by default that is the method.
     """
-    # Calibration has labelled images alone [choice]. So has `finish`, which renews batch norm's
-    # statistics with the data of the checkpoint.
+    # Calibration sees labelled images alone [choice]. So does `finish`, which renews batch norm's
+    # statistics, because the checkpoint gets them.
     labelled = labelled_images(data)
     student = quantize(network, args.wbits, args.abits, args.quantizer)
     calibrate(student, labelled.sample(100)[0])
@@ -315,8 +319,9 @@ def train(
             ema_update(average, student, step, args.ema)
             progress.add(loss=loss)
         # With --diagnose, the epoch's figures
-        parts = checkpoint.parts
-        notes = figures_of_epoch(args, data, method, parts, network) if args.diagnose else {}
+        notes = {}
+        if args.diagnose:
+            notes = figures_of_epoch(args, data, method, checkpoint.parts, network)
         # Evaluation on some test images, checkpoint, a printed row
         common.end_epoch(checkpoint, progress, **notes)
     # New statistics for batch norm, evaluation on all test images, a line of results.jsonl
@@ -341,12 +346,13 @@ def figures_of_epoch(
 ) -> dict:
     """The state after an epoch, and what one more step would change.
 
-    ratio: |gradient of the consistency term| / |gradient of the cross-entropy|, at the term's full
-    weight; 0 for methods without the term. trace: that of the cross-entropy's Hessian, with its
-    standard error. changed: the share of weights whose integer one more step changes, without the
-    first and the last layer. parts: model, which is the student, optimizer and average.
+    Both losses are at the full weight of the consistency term. ratio: |gradient of this term| /
+    |gradient of the cross-entropy|, 0 for methods without it. trace: that of the cross-entropy's
+    Hessian, with its standard error. changed: the share of weights whose integer one more step
+    changes, without the first and the last layer. parts: model, which is the student, optimizer and
+    average.
     """
-    # Copies take the step. One call copies all, so the optimizer keeps the student's weights.
+    # The step is taken on copies. In one call, so that the new optimizer updates the new student.
     parts = copy.deepcopy(parts)
     student = parts["model"]
     draws = torch.Generator().manual_seed(0)

@@ -12,10 +12,10 @@ Of this paper we had only the abstract and summaries. The rest follows later cod
 same authors, which we cite as "authors". Our own decisions are marked [choice].
 
     symbol                  here                                              from
-    dW, dx                  quantization_error(t, quantizer)                  authors
+    dW, dx: errors          quantization_error(t, quantizer)                  authors
     ||W dx||^2, ||dW x||^2  error_decomposition(layer, x): AQE, WQE           authors
-    n_t                     DifferentialWeightNoise.add, .remove              authors
-    x + M n                 ActivationNoise: n is like dx, M ~ Bernoulli(P)   authors
+    w + n_t in step t       DifferentialWeightNoise.add, .remove              authors
+    x + M n, M is 0 or 1    ActivationNoise: n is like dx, M ~ Bernoulli(P)   authors
     lambda and its ramp     --noise-lambda, --ramp-epochs                     authors
     w + r g / |g|           common.sam_loss, r is --sam-rho                   Foret 2021
 
@@ -69,7 +69,7 @@ def parse_args() -> Namespace:
     flag("--mask", choices=["uniform", "salience"], default="uniform",
          help="the same chance of noise for all activations (default), or more in salient channels")
     flag("--noise-bits", type=number(int, 2, 8), default=8,
-         help="bits whose error the control wrong-bits imitates (default: 8)")
+         help="for the method wrong-bits: bits whose error its noise imitates (default: 8)")
     flag("--label-smoothing", type=number(float, 0, 1), default=0.0,
          help="share of a label that is spread over all classes (default: 0)")
     flag("--swa-rate", type=number(float, 0, 1), default=0.0,
@@ -156,8 +156,8 @@ class DifferentialWeightNoise:
 
         w_(t+1) = w_t - lr dL/dw(w_t + n_t),   n_t = lambda (mu + sigma e),   e ~ N(0, 1)
 
-    The authors write the same step for the noisy weights v_t = w_t + n_t. Put in above, this gives
-    a difference of two noises, hence "differential" (Anti-PGD, Orvieto et al. 2022):
+    The authors write the same step for the noisy weights v_t = w_t + n_t. Adding n_(t+1) to both
+    sides gives a difference of two noises, hence "differential" (Anti-PGD, Orvieto et al. 2022):
 
         v_(t+1) = v_t - lr dL/dv(v_t) + n_(t+1) - n_t
 
@@ -499,6 +499,7 @@ def main() -> None:
             rows += [row, *after]
             last[name] = after[0]
     common.print_table(rows, args.method[0], acc="acc %", acc_batch_norm="new batch norm")
+    # `networks` and `last` are those of the last seed
     print("\nlast seed: points lost by PTQ, and flatness before it")
     common.print_row("drop", "trace", "± its error", "eigenvalue", "method")
     for name, after in last.items():

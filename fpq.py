@@ -37,8 +37,8 @@ from common import Checkpoint, Data, Progress, calibrate, feature_layers, hooked
 from torch import Tensor, nn
 
 # What --recipe paper sets: section 4 of the paper, and our guesses [choice] where it is silent. The
-# stem is the first layers of ResNet-18. With torchvision's own, "imagenet", the network reaches
-# about the paper's full-precision accuracy on CIFAR-10. On CIFAR-100 --stem cifar does.
+# stem is the first layers of ResNet-18. To match the paper's accuracy in full precision it takes
+# torchvision's own, "imagenet", on CIFAR-10, and --stem cifar on CIFAR-100.
 PAPER = {
     "model": "resnet18",
     "dataset": "cifar10",
@@ -120,7 +120,7 @@ def csd_loss(student_feats: list[Tensor], teacher_feats: list[Tensor]) -> Tensor
     """
     distances = []
     for student, teacher in zip(student_feats, teacher_feats, strict=True):
-        # The mean is the same in any order, and found faster in that of memory: channels last
+        # Only for speed: in memory the channels are last. The mean is the same.
         student = standardize(student).movedim(1, -1)
         teacher = standardize(teacher).movedim(1, -1)
         distances.append(F.mse_loss(student, teacher))
@@ -301,8 +301,9 @@ def train(
 def figures_of_epoch(
     args: Namespace, data: Data, method: str, student: nn.Module, teacher: nn.Module
 ) -> dict:
-    """Numbers measured on 256 training images, for the weights of all layers, as in the paper.
+    """Numbers measured on 256 training images, with respect to the weights of all layers.
 
+    The noise moves features, but the paper also measures the weights; it proves no link.
     gradient: the norm of the loss's gradient, Fig. 2
     trace: that of the cross-entropy's Hessian, Fig. 5, with its standard error
     ratio: |gradient of the term that the method adds| / |gradient of the cross-entropy|; 0 for
@@ -311,7 +312,7 @@ def figures_of_epoch(
     student = copy.deepcopy(student)
     images, labels = data.sample(256)
     weights = [layer.weight for layer in common.weight_layers(student).values()]
-    torch.manual_seed(0)
+    torch.manual_seed(0)  # training is not changed: `epoch_draws` seeds each epoch anew
     loss = METHODS[method](student, teacher, images, labels, args)
     torch.manual_seed(0)  # once more, under the same noise, without the added term
     plain = Namespace(**{**vars(args), "csd_weight": 0.0, "kd_weight": 0.0})
@@ -337,7 +338,7 @@ def output_variance(model: nn.Module, images: Tensor, sigma: float, times: int =
 
 @torch.no_grad()
 def second_layer_input(model: nn.Module, images: Tensor) -> Tensor:
-    """Fig. 3, 4: what the second layer multiplies by, values x channels: quantized, if it is.
+    """Fig. 3, 4: the second layer's input, values x channels, after its quantizer if it has one.
 
     In ResNets and MobileNets it is the output of a ReLU, max-pooled with the "imagenet" stem.
     """

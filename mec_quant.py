@@ -7,19 +7,19 @@ them. The loss is the cross-entropy minus beta times this length, divided by the
 Features have a long tail: those of a few images are far larger than most. A mixture of experts,
 each for images of one size, is to handle it.
 
-We had only the abstract and summaries, which name the coding length and the experts. Length and
-series are those of Ma et al. 2007 and Liu et al. 2022 (MEC). The rest is ours, marked [choice]:
-what the features are, and how the experts share the images. Our experts share the images of a batch
-softly, by the norm of their features, so that images of one size are coded together. What is coded
-are directions: features minus their mean over the batch, scaled to norm 1. This alone removes the
-tail. Experts then make images of one size spread out among themselves; the methods `mec`, without
-experts, and `random` show if that matters. Whether the authors' experts work like this, we do not
-know. The formula of the mixture is that of Yu et al. 2020 (maximal coding rate reduction), who make
-it small within given classes; we make it large.
+We had only the abstract and summaries, which name the coding length and the experts. The length,
+and its Taylor series, which only the method `mec` can use, are those of Ma et al. 2007 and Liu et
+al. 2022 (MEC). The rest is ours, marked [choice]: what the features are, and how the experts share
+the images. We code directions: features minus their mean over the batch, scaled to norm 1. This
+alone removes the tail. What is left for our experts is to measure the spread of directions, and so
+to increase it, within images whose features had a similar norm. The methods `mec`, without experts,
+and `random` show if that matters. Whether the authors' experts work like this, we do not know. The
+formula of the mixture is that of Yu et al. 2020 (maximal coding rate reduction), who make it small
+within given classes; we make it large.
 
     symbol                                                                             from
     Z: m x d              normalized_rows(features): m images, d features              [choice]
-    eps_d^2 = eps^2 / d   --eps2: the squared error per feature; lambda: 1/(m eps_d^2) Liu
+    eps_d^2               eps2, --eps2: squared error per feature; lambda = 1/(m eps2) Liu
     L(Z), L(Z1, Z2)       coding_length(z1, z2, eps2=..., order=...)                   Ma, Liu
     pi_jk                 scale_gates(magnitudes, K): m x K                            [choice]
     L_moe                 moe_coding_length(z, gates, eps2=...)                        [choice]
@@ -54,8 +54,8 @@ FPQ_SETTINGS = {
     "weight_decay": 5e-4,
 }
 GUESSES = {
-    # torchvision's own first layers: with them full precision is about FPQ's on CIFAR-10. On
-    # CIFAR-100 it is about FPQ's with --stem cifar.
+    # torchvision's own first layers: so accuracy in full precision is close to what FPQ's paper has
+    # on CIFAR-10. On CIFAR-100 --stem cifar comes closer.
     "stem": "imagenet",
     "fp_epochs": 200,
     "fp_lr": 0.1,
@@ -144,11 +144,13 @@ def coding_length(
 
         L = mu log det(I + lambda Z1^T Z2),   mu = (m + d) / 2,   lambda = 1 / (m eps_d^2)
 
-    The code may make the squared error eps_d^2 per feature. log det / 2 is the length for one row:
-    the logarithm of how many balls of squared radius d eps_d^2 fill the volume that the features
-    take. The code has m rows, and d principal directions, each at the cost of a row: hence m + d
-    (Ma). Z2, a second branch as in Liu et al., is Z1 by default. Our method with two branches,
-    `branch`, has experts, and so calls `moe_coding_length` instead.
+    The code may make the squared error eps_d^2 = eps2 per feature. log det / 2 is the length for
+    one row: the logarithm of how many balls of squared radius d eps_d^2 fill the volume that the
+    features take. The code has m rows, and d principal directions, each at the cost of a row: hence
+    m + d (Ma). With more than 32 features, the default error exceeds the energy of a row, 1. So
+    read L as a smooth measure of spread, not as the length of a useful code. Z2, a second branch as
+    in Liu et al., is Z1 by default. Our method with two branches, `branch`, has experts, and so
+    calls `moe_coding_length` instead.
 
     As det(I + AB) = det(I + BA), we take the smaller one of a d x d and an m x m matrix. The
     default is exact. An even `order` takes the series of Liu et al.; if it diverges, a warning says
@@ -166,7 +168,8 @@ def series_converges(c: Tensor, order: int) -> bool:
     """Whether the series may be used: a spectral norm of C below 1. Warns if it is not.
 
     The norm has to wait for the device. Raises ValueError for an odd order: the series is then
-    convex in the larger eigenvalues (order 3: above 1/2), and rewards features that are alike.
+    convex in an eigenvalue that is large (order 3: above 1/2). It would be made longer by putting
+    all energy in one direction.
     """
     if order % 2 or order < 2:
         raise ValueError(f"order should be even and positive, not {order}")
@@ -399,7 +402,7 @@ def series_errors(features: Tensor, eps2: float) -> list[float]:
 
 
 def spectrum(features: Tensor, eps2: float) -> tuple[float, float, float]:
-    """(L / L_max, effective rank, energy share of the top direction) of normalised features.
+    """(L / L_max, effective rank, energy share of the top direction) of the normalised features.
 
     The effective rank is exp of the entropy of the energies' shares (after Roy & Vetterli 2007).
     """
@@ -419,8 +422,8 @@ def diagnose(args: Namespace, data: Data, network: nn.Module, trained: dict) -> 
         features[name] = features_of(model, data)
     print("\nfeatures: relative coding length, effective rank, energy in the top direction")
     common.print_row("", "L / L_max", "rank", "top")
-    for name, z in features.items():
-        length, rank, top = spectrum(z, args.eps2)
+    for name, raw in features.items():
+        length, rank, top = spectrum(raw, args.eps2)
         common.print_row(name, f"{length:.4f}", f"{rank:.2f}", f"{100 * top:.1f} %")
     print("\n|gradient of the term| / |gradient of the cross-entropy|, after each epoch")
     common.print_by_epoch(trained, histories, "ratio", lambda ratio: f"{ratio:.4f}")
