@@ -120,7 +120,7 @@ class Quantizer(nn.Module):
     used.
 
     At 8 bits the step size is a buffer and stays as calibrated [choice]. When we learned it, it
-    grew ninefold: it is small, and with the factor of `grad_scale` it moves far for its size.
+    grew ninefold.
 
     Raises ValueError for bits outside 1 to 8 or, with `channels`, outside 2 to 8.
     """
@@ -190,8 +190,8 @@ class Quantizer(nn.Module):
         widest = width.max() if width.max() > TINY else 1
         # A channel of zeros gets a range as wide as the widest channel's
         low = torch.where(width > TINY, low, -widest)
-        # Without values above 0, z would be q_max: 0 would be the top level, where x has no
-        # gradient. So we add one level above 0. A single bit has no level to spare.
+        # If no value is above 0, an x of 0 falls on the upper bound of the grid, where it has no
+        # gradient. So we add one level above it. A single bit has no level to spare.
         if self.bits > 1:
             high = torch.where(high > 0, high, -low / (self.qmax - 1))
         S = (high - low) / self.qmax  # Eq. 4
@@ -252,10 +252,10 @@ class PACT(Quantizer):
 
     n is the number of levels above 0: q_max - z, where z is 0 unless the data are signed.
 
-    We store s instead of alpha = n s. By the chain rule dL/ds is n dL/dalpha, and a step of s moves
-    alpha n times as far. We divide the gradient of s by both factors, n^2. Then alpha moves as if
-    it were the parameter itself. alpha starts where LSQ's grid ends. If the data are signed, we
-    clip at -z s as well, and values below that move s too [choices].
+    We store s instead of alpha = n s, but alpha should move as if it were the parameter. At the
+    learning rate lr, s moves by lr dL/ds, which is lr n dL/dalpha. So alpha moves by n times that,
+    lr n^2 dL/dalpha. We divide the gradient of s by n^2. alpha starts where LSQ's grid ends. If the
+    data are signed, we clip at -z s as well, and values below that move s too [choices].
     """
 
     decays = True  # as in PACT's paper: weight decay keeps alpha, and so the rounding error, small
@@ -613,8 +613,8 @@ class Data:
         if order is None:
             order = torch.randperm(len(self.train_labels), generator=draws)
         order = order.to(self.train_labels.device)
-        # `draws` only shuffles. Each view has its own generator, so that a second view does not
-        # change the first.
+        # Each view has a generator of its own, with a seed next to that of `draws`, so that a
+        # second view does not change the first.
         seed = draws.initial_seed() + 1
         generators = [torch.Generator().manual_seed(seed + k) for k in range(len(views))]
         for i in range(max(1, len(order) // batch_size)):
@@ -717,7 +717,7 @@ def split(x: Tensor, y: Tensor, size: int, seed: int, flag: str) -> tuple:
     order = torch.randperm(len(y), generator=torch.Generator().manual_seed(seed))
     # Shuffle, then number the images of each class 0, 1, 2, ... in the shuffled order. This is an
     # image's rank. Take the `size` lowest ranks.
-    by_class = order[y[order].argsort(stable=True)]
+    by_class = order[y[order].argsort(stable=True)]  # class after class, shuffled within a class
     rank = torch.empty_like(y)
     for members in by_class.split(y.bincount().tolist()):
         rank[members] = torch.arange(len(members))
@@ -1213,9 +1213,9 @@ class Progress:
 # What full precision depends on, so that the three QAT scripts can share one network; flat_quant.py
 # trains its own.
 FP_FLAGS = "model depth stem augment pad batch_size fp_epochs fp_lr fp_weight_decay".split()
-# Flags, of any script, that are not in `Checkpoint.settings`. Most do not shape training. For the
-# others there is another entry: wbits and abits for --bits; the checksum "data" for --train-size,
-# --val and --dataset; "seed" and "method".
+# Flags, of any script, that are left out of a checkpoint's settings. Most do not change training.
+# The others are there in another form: --bits as wbits and abits; --train-size, --val and --dataset
+# as the checksum "data"; --seed and --method as "seed" and "method".
 NOT_SETTINGS = (
     "out data_dir dataset train_size val device recipe bits seed method ablate ablate_views "
     "diagnose more_bits resume dry_run script command epochs_left"
@@ -1354,13 +1354,13 @@ def finish(
     First, one fixed pass over the training images renews batch norm's statistics [choice]. Training
     leaves those of its last batches, which can change accuracy by a point. cr_qat.py and
     flat_quant.py also evaluate an average of the network's weights. They pass it as `model`, and
-    its name in the results as `method`.
+    its name in the results as `method`. entries: more of the row, or what replaces the flags there.
     """
     args = checkpoint.args
     data = checkpoint.data
     model = checkpoint.parts["model"] if model is None else model
     method = method or checkpoint.method
-    if method not in checkpoint.results:  # else an earlier run has done it, and the file has it
+    if method not in checkpoint.results:  # else the file has the row and the new statistics
         rewrite(f"{method}: renewing batch norm and evaluating on all {data.split} images")
         draws = torch.Generator().manual_seed(hashed("batch norm"))
         update_bn(data.batches(args.batch_size, draws, args.augment), model)  # ignores the labels

@@ -48,9 +48,7 @@ GUESSES = {
     "lambda_max": 1.0,
     "ema": 0.999,
     "ramp_epochs": 5.0,
-    # torchvision's own first layers: so accuracy in full precision is close to what FPQ's paper has
-    # on CIFAR-10. On CIFAR-100 --stem cifar comes closer.
-    "stem": "imagenet",
+    "stem": "imagenet",  # torchvision's own first layers; for CIFAR-100 rather --stem cifar
     "fp_epochs": 200,
     "fp_lr": 0.1,
     "fp_weight_decay": 5e-4,
@@ -246,8 +244,8 @@ def mixed_order(labels: Tensor, batch_size: int, draws: torch.Generator) -> Tens
     unknown = (labels < 0).nonzero().flatten()
     known = known[torch.randperm(len(known), generator=draws)]
     steps = max(1, len(known) // share)
-    if len(known) < share:  # fewer than one batch needs: repeat them
-        known = known.repeat(share)  # more than enough; the next line cuts the rest off
+    if len(known) < share:  # too few for the only step: repeat them, then cut off what is too many
+        known = known.repeat(share)
     known = known[: steps * share]
     chosen = torch.randint(len(unknown), (steps, batch_size - share), generator=draws)
     return torch.cat([known.reshape(steps, share), unknown[chosen]], 1).flatten()
@@ -282,8 +280,8 @@ def train(
     Student and average start as quantized copies of `network`. name: what the results call the run;
     by default that is the method.
     """
-    # Calibration sees labelled images alone [choice]. So does `finish`, which renews batch norm's
-    # statistics, because the checkpoint gets them.
+    # Calibration uses labelled images alone [choice]. So does `finish`, when it renews batch norm's
+    # statistics: it takes the data that the checkpoint below is given.
     labelled = labelled_images(data)
     student = quantize(network, args.wbits, args.abits, args.quantizer)
     calibrate(student, labelled.sample(100)[0])
@@ -346,21 +344,22 @@ def figures_of_epoch(
 ) -> dict:
     """The state after an epoch, and what one more step would change.
 
-    Both losses are at the full weight of the consistency term. ratio: |gradient of this term| /
-    |gradient of the cross-entropy|, 0 for methods without it. trace: that of the cross-entropy's
-    Hessian, with its standard error. changed: the share of weights whose integer one more step
-    changes, without the first and the last layer. parts: model, which is the student, optimizer and
-    average.
+    For both, the consistency term has its full weight, whatever the epoch. ratio: |gradient of this
+    term| / |gradient of the cross-entropy|, 0 for methods without it. trace: that of the
+    cross-entropy's Hessian, with its standard error. changed: the share of weights whose integer
+    one more step changes, without the first and the last layer. parts: model, which is the student,
+    optimizer and average.
     """
-    # The step is taken on copies. In one call, so that the new optimizer updates the new student.
+    # The step is taken on copies. All are copied in one call, so that the copied optimizer updates
+    # the copied student.
     parts = copy.deepcopy(parts)
     student = parts["model"]
     draws = torch.Generator().manual_seed(0)
     views, labels = next(epoch_batches(args, data, method, draws))
     arguments = (student, parts["average"], network, views, labels)
     loss = METHODS[method](*arguments, ramp=1.0, args=args)
-    cross_entropy = METHODS[method](*arguments, ramp=0.0, args=args)
-    ratio = common.gradient_ratio(loss, cross_entropy, student)
+    cross_entropy = METHODS[method](*arguments, ramp=0.0, args=args)  # without the term
+    ratio = common.gradient_ratio(loss, cross_entropy, student)  # keeps the graphs
     trace = common.sharpness(student, labelled_images(data))
     before = weight_bins(student)
     parts["optimizer"].zero_grad()

@@ -156,8 +156,9 @@ class DifferentialWeightNoise:
 
         w_(t+1) = w_t - lr dL/dw(w_t + n_t),   n_t = lambda (mu + sigma e),   e ~ N(0, 1)
 
-    The authors write the same step for the noisy weights v_t = w_t + n_t. Adding n_(t+1) to both
-    sides gives a difference of two noises, hence "differential" (Anti-PGD, Orvieto et al. 2022):
+    To remove it before the step instead would change only the weight decay. The authors write the
+    same step for the noisy weights v_t = w_t + n_t. With w_t = v_t - n_t it has a difference of two
+    noises, hence "differential" (Anti-PGD, Orvieto et al. 2022):
 
         v_(t+1) = v_t - lr dL/dv(v_t) + n_(t+1) - n_t
 
@@ -338,7 +339,8 @@ def swa_start(args: Namespace) -> int:
 def learning_rate(args: Namespace, step: int, steps: int) -> float:
     """The learning rate as a share of its peak; `steps` are those of an epoch.
 
-    A cosine down to 0 at the end or, with --swa-rate, down to that rate, which is held during SWA.
+    After a warm-up, a cosine down to 0 at the end. With --swa-rate, a cosine towards 0 at the start
+    of SWA, but never below that rate, which is held from then on.
     """
     if not args.swa_rate:
         return common.cosine(step, args.fp_epochs * steps, warmup=0.1)

@@ -37,8 +37,9 @@ from common import Checkpoint, Data, Progress, calibrate, feature_layers, hooked
 from torch import Tensor, nn
 
 # What --recipe paper sets: section 4 of the paper, and our guesses [choice] where it is silent. The
-# stem is the first layers of ResNet-18. To match the paper's accuracy in full precision it takes
-# torchvision's own, "imagenet", on CIFAR-10, and --stem cifar on CIFAR-100.
+# stem is the first layers of ResNet-18. With torchvision's own, "imagenet", we come close to the
+# paper's accuracy in full precision on CIFAR-10. For CIFAR-100 we guess that it is "cifar": then
+# add --stem cifar.
 PAPER = {
     "model": "resnet18",
     "dataset": "cifar10",
@@ -120,7 +121,8 @@ def csd_loss(student_feats: list[Tensor], teacher_feats: list[Tensor]) -> Tensor
     """
     distances = []
     for student, teacher in zip(student_feats, teacher_feats, strict=True):
-        # Only for speed: in memory the channels are last. The mean is the same.
+        # movedim is for speed: `standardize` leaves the channels last in memory, and mse_loss is
+        # faster in that order
         student = standardize(student).movedim(1, -1)
         teacher = standardize(teacher).movedim(1, -1)
         distances.append(F.mse_loss(student, teacher))
@@ -286,7 +288,7 @@ def train(
             # Step: weights, batch norm's parameters, learned step sizes
             optimizer.step()
             progress.add(loss=loss)
-        # With --diagnose, the epoch's share of the paper's figures
+        # With --diagnose, what Fig. 2 and Fig. 5 show, after this epoch
         notes = figures_of_epoch(args, data, method, student, teacher) if args.diagnose else {}
         # Evaluation on some test images, checkpoint, a printed row
         common.end_epoch(checkpoint, progress, **notes)
@@ -303,7 +305,8 @@ def figures_of_epoch(
 ) -> dict:
     """Numbers measured on 256 training images, with respect to the weights of all layers.
 
-    The noise moves features, but the paper also measures the weights; it proves no link.
+    The noise flattens the loss with respect to features. The paper's figures show flatness with
+    respect to weights, and it does not prove that one implies the other.
     gradient: the norm of the loss's gradient, Fig. 2
     trace: that of the cross-entropy's Hessian, Fig. 5, with its standard error
     ratio: |gradient of the term that the method adds| / |gradient of the cross-entropy|; 0 for

@@ -7,22 +7,22 @@ them. The loss is the cross-entropy minus beta times this length, divided by the
 Features have a long tail: those of a few images are far larger than most. A mixture of experts,
 each for images of one size, is to handle it.
 
-We had only the abstract and summaries, which name the coding length and the experts. The length,
-and its Taylor series, which only the method `mec` can use, are those of Ma et al. 2007 and Liu et
-al. 2022 (MEC). The rest is ours, marked [choice]: what the features are, and how the experts share
-the images. We code directions: features minus their mean over the batch, scaled to norm 1. This
-alone removes the tail. What is left for our experts is to measure the spread of directions, and so
-to increase it, within images whose features had a similar norm. The methods `mec`, without experts,
-and `random` show if that matters. Whether the authors' experts work like this, we do not know. The
-formula of the mixture is that of Yu et al. 2020 (maximal coding rate reduction), who make it small
-within given classes; we make it large.
+We had only the abstract and summaries, which name the coding length and the experts. The length is
+that of Ma et al. 2007, its Taylor series that of Liu et al. 2022 (MEC). The rest is ours, marked
+[choice]: what the features are, and how the experts share the images. We code directions: features
+minus their mean over the batch, scaled to norm 1. This alone removes the tail. So our experts do
+something else: each measures how far the directions spread among images whose features had a
+similar norm, and the loss increases it. The method `mec` has no experts, and `random` has random
+ones. Whether the authors' experts work like this, we do not know. The formula of the mixture is
+that of Yu et al. 2020 (maximal coding rate reduction), who make it small within given classes; we
+make it large.
 
     symbol                                                                             from
     Z: m x d              normalized_rows(features): m images, d features              [choice]
     eps_d^2               eps2, --eps2: squared error per feature; lambda = 1/(m eps2) Liu
     L(Z), L(Z1, Z2)       coding_length(z1, z2, eps2=..., order=...)                   Ma, Liu
     pi_jk                 scale_gates(magnitudes, K): m x K                            [choice]
-    L_moe                 moe_coding_length(z, gates, eps2=...)                        [choice]
+    L_moe                 moe_coding_length(z, gates, eps2=...)                   Yu [choice]
     CE - beta L_moe/L_max mixture(student, images, labels, ...); longest_code: L_max   [choice]
 
     python mec_quant.py --bits 2               full precision, baseline (LSQ), MEC-Quant
@@ -54,9 +54,7 @@ FPQ_SETTINGS = {
     "weight_decay": 5e-4,
 }
 GUESSES = {
-    # torchvision's own first layers: so accuracy in full precision is close to what FPQ's paper has
-    # on CIFAR-10. On CIFAR-100 --stem cifar comes closer.
-    "stem": "imagenet",
+    "stem": "imagenet",  # torchvision's own first layers; for CIFAR-100 rather --stem cifar
     "fp_epochs": 200,
     "fp_lr": 0.1,
     "fp_weight_decay": 5e-4,
@@ -85,7 +83,8 @@ def parse_args() -> Namespace:
     flag("--eps2", type=number(float, 1e-6, 1e6), default=1 / 32,
          help="squared error that the code may make per feature (default: 1/32, as in MEC)")
     flag("--order", type=even,
-         help="even order of the Taylor series, for --method mec (default: the exact value)")
+         help="even order of the Taylor series, for --method mec (default: the exact value). It "
+              "seldom converges unless --eps2 is larger")
     flag("--experts", type=number(int, 1, 64), default=3, help="K: number of experts (default: 3)")
     args = common.parse(parser, list(METHODS), FPQ_SETTINGS | GUESSES)
     if args.order and "mec" not in args.method:
@@ -147,10 +146,10 @@ def coding_length(
     The code may make the squared error eps_d^2 = eps2 per feature. log det / 2 is the length for
     one row: the logarithm of how many balls of squared radius d eps_d^2 fill the volume that the
     features take. The code has m rows, and d principal directions, each at the cost of a row: hence
-    m + d (Ma). With more than 32 features, the default error exceeds the energy of a row, 1. So
-    read L as a smooth measure of spread, not as the length of a useful code. Z2, a second branch as
-    in Liu et al., is Z1 by default. Our method with two branches, `branch`, has experts, and so
-    calls `moe_coding_length` instead.
+    m + d (Ma). The squared error of a row is then d eps_d^2, by default d / 32. For d > 32 it
+    exceeds the squared norm of the row, 1. So read L as a smooth measure of spread, not as the
+    length of a useful code. Z2, a second branch as in Liu et al., is Z1 by default. Our method with
+    two branches, `branch`, has experts, and so calls `moe_coding_length` instead.
 
     As det(I + AB) = det(I + BA), we take the smaller one of a d x d and an m x m matrix. The
     default is exact. An even `order` takes the series of Liu et al.; if it diverges, a warning says
@@ -168,8 +167,8 @@ def series_converges(c: Tensor, order: int) -> bool:
     """Whether the series may be used: a spectral norm of C below 1. Warns if it is not.
 
     The norm has to wait for the device. Raises ValueError for an odd order: the series is then
-    convex in an eigenvalue that is large (order 3: above 1/2). It would be made longer by putting
-    all energy in one direction.
+    convex in an eigenvalue that is large (order 3: above 1/2). To maximise it would put all energy
+    in one direction.
     """
     if order % 2 or order < 2:
         raise ValueError(f"order should be even and positive, not {order}")
@@ -195,9 +194,9 @@ def moe_coding_length(z: Tensor, gates: Tensor, *, eps2: float, z2: Tensor | Non
     With more, and one branch, it is at most L(Z), because log det is concave: what raises it raises
     a lower bound of L(Z).
 
-    We weight expert k by n_k / m, as Yu et al. do [choice]. In K separate codes its weight would be
-    (n_k + d) / (m + d), but these sum to more than 1, and the bound would not hold. We also leave
-    out the bits that name an image's expert [choice].
+    We weight expert k by n_k / m, as Yu et al. do [choice]. A separate code of n_k rows has the
+    factor (n_k + d) / 2. These sum to more than (m + d) / 2, so the bound would not hold. We also
+    leave out the bits that name an image's expert [choice].
     """
     m, d = z.shape
     n = gates.sum(0).clamp_min(common.TINY)
@@ -385,7 +384,7 @@ def figures_of_epoch(
     SERIES_ORDER.
     """
     series = series_errors(features_of(student, data), args.eps2)
-    student = copy.deepcopy(student)  # a pass changes batch norm's running statistics
+    student = copy.deepcopy(student)  # in training mode a pass changes its running statistics
     images, labels = data.sample(256)
     loss = METHODS[method](student, teacher, images, labels, args)
     cross_entropy = baseline(student, teacher, images, labels, args)
