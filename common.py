@@ -188,10 +188,11 @@ class Quantizer(nn.Module):
         high = rows.amax(1).clamp_min(0)
         width = high - low
         widest = width.max() if width.max() > TINY else 1
-        # A channel of zeros gets a range as wide as the widest channel's
+        # A channel of zeros starts with the range from -widest to 0
         low = torch.where(width > TINY, low, -widest)
-        # If no value is above 0, an x of 0 falls on the upper bound of the grid, where it has no
-        # gradient. So we add one level above it. A single bit has no level to spare.
+        # On a bound of the grid x has no gradient. If no value is above 0, zeros would lie on the
+        # upper bound and never move. So we add one level above 0; a single bit has none to spare.
+        # If no value is below 0, the only zeros are those of a ReLU, which need no gradient.
         if self.bits > 1:
             high = torch.where(high > 0, high, -low / (self.qmax - 1))
         S = (high - low) / self.qmax  # Eq. 4
@@ -252,10 +253,10 @@ class PACT(Quantizer):
 
     n is the number of levels above 0: q_max - z, where z is 0 unless the data are signed.
 
-    We store s instead of alpha = n s, but alpha should move as if it were the parameter. At the
-    learning rate lr, s moves by lr dL/ds, which is lr n dL/dalpha. So alpha moves by n times that,
-    lr n^2 dL/dalpha. We divide the gradient of s by n^2. alpha starts where LSQ's grid ends. If the
-    data are signed, we clip at -z s as well, and values below that move s too [choices].
+    We store s instead of alpha = n s. But dL/ds is n dL/dalpha, and alpha moves n times as far as
+    s. So we divide the gradient of s by n^2, and alpha moves as if it were the parameter. alpha
+    starts where LSQ's grid ends. If the data are signed, we clip at -z s as well, and values below
+    that move s too [choices].
     """
 
     decays = True  # as in PACT's paper: weight decay keeps alpha, and so the rounding error, small
@@ -672,9 +673,9 @@ def make_data(args: argparse.Namespace, images: tuple, seed: int) -> Data:
     """The subset that the flags ask for, drawn by `seed`, on --device. Raises UsageError."""
     name, class_names, x, y, test_x, test_y = images
     if args.val:
-        test_x, test_y, x, y = split(x, y, args.val, seed, "--val")
+        test_x, test_y, x, y = pick_balanced(x, y, args.val, seed, "--val")
     if args.train_size:
-        x, y, *_ = split(x, y, args.train_size, seed, "--train-size")
+        x, y, *_ = pick_balanced(x, y, args.train_size, seed, "--train-size")
     tensors = [x, y, test_x, test_y]
     if args.dry_run:  # 64 to 127 images, evenly spaced as they may be sorted by class
         tensors = [tensor[:: max(1, len(tensor) // 64)] for tensor in tensors]
@@ -688,7 +689,7 @@ def make_data(args: argparse.Namespace, images: tuple, seed: int) -> Data:
     return Data(
         name=name,
         class_names=class_names,
-        # From the last dimension: no padding of the colours, then of columns and rows
+        # F.pad counts from the last dimension: 0 for colours, pad for columns, pad for rows
         train_padded=F.pad(x, (0, 0, pad, pad, pad, pad)).to(args.device),
         train_labels=y.to(args.device),
         test_images=test_x.to(args.device),
@@ -701,8 +702,8 @@ def make_data(args: argparse.Namespace, images: tuple, seed: int) -> Data:
     )
 
 
-def split(x: Tensor, y: Tensor, size: int, seed: int, flag: str) -> tuple:
-    """`size` random images and labels, as class-balanced as the data allows, and the others.
+def pick_balanced(x: Tensor, y: Tensor, size: int, seed: int, flag: str) -> tuple:
+    """`size` random images and labels, as class-balanced as the data allows; then the others.
 
     flag: which flag asks for it. "--val" evaluates on the first lot and trains on the others; all
     other flags train on the first lot. Raises UsageError for a bad size, or if a class has no image
@@ -716,7 +717,7 @@ def split(x: Tensor, y: Tensor, size: int, seed: int, flag: str) -> tuple:
         )
     order = torch.randperm(len(y), generator=torch.Generator().manual_seed(seed))
     # Shuffle, then number the images of each class 0, 1, 2, ... in the shuffled order. This is an
-    # image's rank. Take the `size` lowest ranks.
+    # image's rank. The `size` lowest ranks take an image of each class in turn.
     by_class = order[y[order].argsort(stable=True)]  # class after class, shuffled within a class
     rank = torch.empty_like(y)
     for members in by_class.split(y.bincount().tolist()):
@@ -878,8 +879,8 @@ def hessian_trace(
     """Hutchinson's estimate of the trace of the Hessian H, and its standard error.
 
     H is the Hessian of loss_fn() with respect to all entries of `params`. The loss of a quantized
-    network is a step function, whose true Hessian is 0 almost everywhere. There we differentiate
-    the straight-through gradient once more, and call the result H [choice].
+    network is a step function, whose true Hessian is 0 almost everywhere. For such a network we
+    differentiate the straight-through gradient once more, and call the result H [choice].
 
     The estimate is the mean of v.Hv over random vectors v of entries -1 and 1. probes: how many, at
     least 2. generator: on the device of `params`.
@@ -998,7 +999,7 @@ def base_parser(description: str, methods: list[str], default: list[str]) -> Par
          help=f"what to train, one after another, of {', '.join(methods)} "
               f"(default: {' '.join(default)})")
     flag("--ablate", action="store_true", help="train all methods")
-    flag("--diagnose", action="store_true", help="print what the paper draws, as numbers")
+    flag("--diagnose", action="store_true", help="print what the script's paper draws, as numbers")
     flag("--recipe", choices=["paper"],
          help="make the published settings, and our guesses where there are none, the defaults")
     flag("--resume", action="store_true", help="continue where the same command was stopped")
@@ -1214,8 +1215,8 @@ class Progress:
 # trains its own.
 FP_FLAGS = "model depth stem augment pad batch_size fp_epochs fp_lr fp_weight_decay".split()
 # Flags, of any script, that are left out of a checkpoint's settings. Most do not change training.
-# The others are there in another form: --bits as wbits and abits; --train-size, --val and --dataset
-# as the checksum "data"; --seed and --method as "seed" and "method".
+# The others are in the settings under another name: --bits as wbits and abits; --train-size, --val
+# and --dataset as the checksum "data"; --seed and --method as "seed" and "method".
 NOT_SETTINGS = (
     "out data_dir dataset train_size val device recipe bits seed method ablate ablate_views "
     "diagnose more_bits resume dry_run script command epochs_left"
@@ -1354,13 +1355,14 @@ def finish(
     First, one fixed pass over the training images renews batch norm's statistics [choice]. Training
     leaves those of its last batches, which can change accuracy by a point. cr_qat.py and
     flat_quant.py also evaluate an average of the network's weights. They pass it as `model`, and
-    its name in the results as `method`. entries: more of the row, or what replaces the flags there.
+    its name in the results as `method`. entries: more columns of the row; they replace flags of the
+    same name, as wbits=32 does for full precision.
     """
     args = checkpoint.args
     data = checkpoint.data
     model = checkpoint.parts["model"] if model is None else model
     method = method or checkpoint.method
-    if method not in checkpoint.results:  # else the file has the row and the new statistics
+    if method not in checkpoint.results:  # a run that was read from its file may have this already
         rewrite(f"{method}: renewing batch norm and evaluating on all {data.split} images")
         draws = torch.Generator().manual_seed(hashed("batch norm"))
         update_bn(data.batches(args.batch_size, draws, args.augment), model)  # ignores the labels
@@ -1401,8 +1403,7 @@ def record(args: argparse.Namespace, row: dict) -> None:
         "device": args.device,
     }
     line = json.dumps(row | {"key": key}) + "\n"
-    # "key" is the last entry, so a whole line with this key ends like this
-    ending = json.dumps({"key": key})[1:] + "\n"
+    ending = json.dumps(key) + "}\n"  # of a whole line, as "key" is its last entry
     path = args.out / "results.jsonl"
     with lock(path), open(path, "a+b", buffering=0) as file:
         file.seek(0)

@@ -48,7 +48,7 @@ GUESSES = {
     "lambda_max": 1.0,
     "ema": 0.999,
     "ramp_epochs": 5.0,
-    "stem": "imagenet",  # torchvision's own first layers; for CIFAR-100 rather --stem cifar
+    "stem": "imagenet",  # fits FPQ's accuracy in full precision; on CIFAR-100 --stem cifar does
     "fp_epochs": 200,
     "fp_lr": 0.1,
     "fp_weight_decay": 5e-4,
@@ -121,8 +121,8 @@ def ema_update(teacher: nn.Module, student: nn.Module, updates: int, alpha: floa
 
     `updates` counts the calls before this one. While keep < alpha, theta_T is the mean of all
     students so far. Zero points, and the 8-bit step sizes of the first and the last layer, are not
-    learned, and the same in both networks. Batch norm's statistics are not averaged: in training,
-    the teacher takes those of its own batch.
+    learned; they are the same in both networks. Batch norm's statistics are not averaged: in
+    training, the teacher takes those of its own batch.
     """
     keep = min(1 - 1 / (updates + 1), alpha)
     update = get_ema_multi_avg_fn(keep)
@@ -217,7 +217,7 @@ def hide_labels(data: Data, count: int, seed: int) -> Data:
     Raises UsageError for a bad count.
     """
     numbers = torch.arange(len(data.train_labels))
-    keep = common.split(numbers, data.train_labels.cpu(), count, seed, "--labels")[0]
+    keep = common.pick_balanced(numbers, data.train_labels.cpu(), count, seed, "--labels")[0]
     keep = keep.to(data.train_labels.device)
     labels = torch.full_like(data.train_labels, -100)
     labels[keep] = data.train_labels[keep]
@@ -280,8 +280,7 @@ def train(
     Student and average start as quantized copies of `network`. name: what the results call the run;
     by default that is the method.
     """
-    # Calibration uses labelled images alone [choice]. So does `finish`, when it renews batch norm's
-    # statistics: it takes the data that the checkpoint below is given.
+    # For calibration and, at the end, for batch norm's statistics: labelled images alone [choice]
     labelled = labelled_images(data)
     student = quantize(network, args.wbits, args.abits, args.quantizer)
     calibrate(student, labelled.sample(100)[0])
@@ -291,7 +290,7 @@ def train(
     checkpoint = Checkpoint(
         args, labelled, name, seed, args.epochs, model=student, optimizer=optimizer, average=average
     )
-    # With --labels, an epoch ends after one pass over the labelled images
+    # With --labels, as many steps as `mixed_order` makes
     per_batch = int(args.batch_size * LABELLED_SHARE) if args.labels else args.batch_size
     steps = labelled.steps(per_batch)
     done = checkpoint.load()  # how many epochs its file has done; 0 to start anew
@@ -344,11 +343,11 @@ def figures_of_epoch(
 ) -> dict:
     """The state after an epoch, and what one more step would change.
 
-    For both, the consistency term has its full weight, whatever the epoch. ratio: |gradient of this
-    term| / |gradient of the cross-entropy|, 0 for methods without it. trace: that of the
-    cross-entropy's Hessian, with its standard error. changed: the share of weights whose integer
-    one more step changes, without the first and the last layer. parts: model, which is the student,
-    optimizer and average.
+    ratio: |gradient of the consistency term| / |gradient of the cross-entropy|, 0 for methods
+    without the term. changed: the share of weights whose integer one more step changes, without the
+    first and the last layer. It shrinks with the learning rate. For both, the term has its full
+    weight, whatever the epoch. trace: that of the cross-entropy's Hessian, with its standard error.
+    parts: model, which is the student, optimizer and average.
     """
     # The step is taken on copies. All are copied in one call, so that the copied optimizer updates
     # the copied student.
@@ -415,7 +414,11 @@ def sensitivity(model: nn.Module, data: Data, place: str, sigma: float) -> tuple
 
 
 def diagnose(data: Data, trained: dict[str, tuple]) -> None:
-    """Measure what abstract and summaries claim, on the networks of the last seed."""
+    """Measure what abstract and summaries claim, on the networks of the last seed.
+
+    They claim less sensitivity to noise, weights of more entropy whose integers change less often,
+    and a flatter loss.
+    """
     models = [model for model, _ in trained.values()]
     histories = [rows[0]["history"] for _, rows in trained.values()]
     for place in ("input", "weight"):

@@ -157,13 +157,13 @@ class DifferentialWeightNoise:
         w_(t+1) = w_t - lr dL/dw(w_t + n_t),   n_t = lambda (mu + sigma e),   e ~ N(0, 1)
 
     To remove it before the step instead would change only the weight decay. The authors write the
-    same step for the noisy weights v_t = w_t + n_t. With w_t = v_t - n_t it has a difference of two
-    noises, hence "differential" (Anti-PGD, Orvieto et al. 2022):
+    same step for the noisy weights v_t = w_t + n_t. It has a difference of two noises, hence
+    "differential" (Anti-PGD, Orvieto et al. 2022):
 
-        v_(t+1) = v_t - lr dL/dv(v_t) + n_(t+1) - n_t
+        v_(t+1) = w_(t+1) + n_(t+1) = v_t - lr dL/dv(v_t) + n_(t+1) - n_t
 
     mu and sigma are mean and standard deviation of the error at the start of each epoch [choice;
-    the authors average over epochs].
+    the authors take moving averages of both over the epochs].
     """
 
     def __init__(self, model: nn.Module, bits: int):
@@ -336,15 +336,15 @@ def swa_start(args: Namespace) -> int:
     return args.fp_epochs // 2
 
 
-def learning_rate(args: Namespace, step: int, steps: int) -> float:
-    """The learning rate as a share of its peak; `steps` are those of an epoch.
+def learning_rate(args: Namespace, step: int, steps_per_epoch: int) -> float:
+    """The learning rate as a share of its peak; `step` counts from the start of training.
 
-    After a warm-up, a cosine down to 0 at the end. With --swa-rate, a cosine towards 0 at the start
-    of SWA, but never below that rate, which is held from then on.
+    After a warm-up, a cosine down to 0 at the end. With --swa-rate, a cosine that would reach 0
+    where SWA starts, but is never below that rate, which is held from then on.
     """
     if not args.swa_rate:
-        return common.cosine(step, args.fp_epochs * steps, warmup=0.1)
-    held_from = swa_start(args) * steps
+        return common.cosine(step, args.fp_epochs * steps_per_epoch, warmup=0.1)
+    held_from = swa_start(args) * steps_per_epoch
     if step >= held_from:
         return args.swa_rate
     return max(args.swa_rate, common.cosine(step, held_from, warmup=0.1))

@@ -14,7 +14,7 @@ without an index is the zero point, the integer that stands for 0; `fake_quantiz
 Eq. 3. z_l is the output of layer l. We call these outputs features.
 
     paper                            here
-    s_l, z, q bits                   input_quantizer.step_size, .zero_point, .bits     Eq. 3-5
+    s_l, z, q (bits)                 input_quantizer.step_size, .zero_point, .bits     Eq. 3-5
     delta ~ U[-s_l/2, s_l/2], p      stochastic_feature_perturbation(x, step_size, p)  Eq. 9, 14
     z_l = w_hat * (x_l + delta)      perturbed(student, p); w_hat, x_l are quantized   Eq. 16
     z_l standardized                 standardize(features)                             Eq. 15
@@ -36,10 +36,9 @@ import torch.nn.functional as F
 from common import Checkpoint, Data, Progress, calibrate, feature_layers, hooked, quantize
 from torch import Tensor, nn
 
-# What --recipe paper sets: section 4 of the paper, and our guesses [choice] where it is silent. The
-# stem is the first layers of ResNet-18. With torchvision's own, "imagenet", we come close to the
-# paper's accuracy in full precision on CIFAR-10. For CIFAR-100 we guess that it is "cifar": then
-# add --stem cifar.
+# What --recipe paper sets: section 4 of the paper, and our guesses [choice] where it is silent. It
+# does not name the stem, the first layers of ResNet-18. Its accuracy in full precision fits
+# torchvision's own, "imagenet", on CIFAR-10. On CIFAR-100 it fits --stem cifar.
 PAPER = {
     "model": "resnet18",
     "dataset": "cifar10",
@@ -132,11 +131,11 @@ def csd_loss(student_feats: list[Tensor], teacher_feats: list[Tensor]) -> Tensor
 def perturbed(student: nn.Module, p: float, noise_at: str = "operand"):
     """A context in which SFP acts on the inputs of all layers but the classifier.
 
-    It is done by hooks on the quantizers of these inputs.
-    noise_at "operand" puts the noise on the quantized input, as in Eq. 16. "input" puts it on the
-    input before it is quantized, so that rounding becomes stochastic. "weight" puts it on the
-    quantized weights instead, as Fig. 2 compares. Both factors of attention's products,
-    q k^T and softmax times v, count as inputs [choice].
+    It is done by hooks on the quantizers of these inputs. noise_at "operand" puts the noise on the
+    quantized input, as in Eq. 16. "input" puts it on the input before it is quantized, so that
+    rounding becomes stochastic. "weight" puts it on the quantized weights instead; Fig. 2 compares
+    this with noise on features. Both factors of attention's products, q k^T and softmax times v,
+    count as inputs [choice].
     """
 
     def after(quantizer, inputs, x_hat):
@@ -306,7 +305,7 @@ def figures_of_epoch(
     """Numbers measured on 256 training images, with respect to the weights of all layers.
 
     The noise flattens the loss with respect to features. The paper's figures show flatness with
-    respect to weights, and it does not prove that one implies the other.
+    respect to weights. The paper does not prove that one implies the other.
     gradient: the norm of the loss's gradient, Fig. 2
     trace: that of the cross-entropy's Hessian, Fig. 5, with its standard error
     ratio: |gradient of the term that the method adds| / |gradient of the cross-entropy|; 0 for

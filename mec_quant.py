@@ -5,22 +5,22 @@ The idea. Few bits bias what a network represents. MEC-Quant keeps the features 
 network learns the labels: it maximises their entropy, measured by the length of a lossy code for
 them. The loss is the cross-entropy minus beta times this length, divided by the longest possible.
 Features have a long tail: those of a few images are far larger than most. A mixture of experts,
-each for images of one size, is to handle it.
+each for features of similar norm, is to handle it.
 
 We had only the abstract and summaries, which name the coding length and the experts. The length is
 that of Ma et al. 2007, its Taylor series that of Liu et al. 2022 (MEC). The rest is ours, marked
 [choice]: what the features are, and how the experts share the images. We code directions: features
 minus their mean over the batch, scaled to norm 1. This alone removes the tail. So our experts do
 something else: each measures how far the directions spread among images whose features had a
-similar norm, and the loss increases it. The method `mec` has no experts, and `random` has random
-ones. Whether the authors' experts work like this, we do not know. The formula of the mixture is
-that of Yu et al. 2020 (maximal coding rate reduction), who make it small within given classes; we
-make it large.
+similar norm, and training increases this spread. The method `mec` has no experts, and `random` has
+random ones. Whether the authors' experts work like this, we do not know. The formula of the mixture
+is that of Yu et al. 2020 (maximal coding rate reduction), who make it small within given classes;
+we make it large.
 
     symbol                                                                             from
     Z: m x d              normalized_rows(features): m images, d features              [choice]
     eps_d^2               eps2, --eps2: squared error per feature; lambda = 1/(m eps2) Liu
-    L(Z), L(Z1, Z2)       coding_length(z1, z2, eps2=..., order=...)                   Ma, Liu
+    L(Z), L(Z1, Z2)       coding_length(z1, z2, eps2=...)                              Ma, Liu
     pi_jk                 scale_gates(magnitudes, K): m x K                            [choice]
     L_moe                 moe_coding_length(z, gates, eps2=...)                   Yu [choice]
     CE - beta L_moe/L_max mixture(student, images, labels, ...); longest_code: L_max   [choice]
@@ -29,10 +29,8 @@ make it large.
     python mec_quant.py --wbits 4 --abits 1    activations of one bit
 """
 
-import argparse
 import copy
 import math
-import warnings
 from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -54,21 +52,13 @@ FPQ_SETTINGS = {
     "weight_decay": 5e-4,
 }
 GUESSES = {
-    "stem": "imagenet",  # torchvision's own first layers; for CIFAR-100 rather --stem cifar
+    "stem": "imagenet",  # fits FPQ's accuracy in full precision; on CIFAR-100 --stem cifar does
     "fp_epochs": 200,
     "fp_lr": 0.1,
     "fp_weight_decay": 5e-4,
     "pad": 4,
 }
 SERIES_ORDER = 4  # that of Liu et al., which --diagnose compares with the exact value
-
-
-def even(text: str) -> int:
-    """An argparse type: an even order of the series; see `series_converges`."""
-    order = common.number(int, 2, 100)(text)
-    if order % 2:
-        raise argparse.ArgumentTypeError(f"{text!r} should be even; try {order - 1}")
-    return order
 
 
 def parse_args() -> Namespace:
@@ -82,14 +72,8 @@ def parse_args() -> Namespace:
          help="weight of the relative coding length in the loss (default: 0.1)")
     flag("--eps2", type=number(float, 1e-6, 1e6), default=1 / 32,
          help="squared error that the code may make per feature (default: 1/32, as in MEC)")
-    flag("--order", type=even,
-         help="even order of the Taylor series, for --method mec (default: the exact value). It "
-              "seldom converges unless --eps2 is larger")
     flag("--experts", type=number(int, 1, 64), default=3, help="K: number of experts (default: 3)")
-    args = common.parse(parser, list(METHODS), FPQ_SETTINGS | GUESSES)
-    if args.order and "mec" not in args.method:
-        parser.error("--order has no effect without --method mec: add mec, or leave --order out")
-    return args
+    return common.parse(parser, list(METHODS), FPQ_SETTINGS | GUESSES)
 
 
 # ------------------------------------------------------------------------------------- the method
@@ -106,11 +90,12 @@ def normalized_rows(features: Tensor) -> Tensor:
 
 
 def series_logdet(c: Tensor, order: int) -> Tensor:
-    """Taylor series of log det(I + C):
+    """Taylor series of log det(I + C), by which Liu et al. avoid the determinant:
 
         sum_{k=1..order} (-1)^(k+1) / k tr(C^k)
 
-    It converges if the spectral norm of C is below 1.
+    It converges if the spectral norm of C is below 1. Our methods take the exact value;
+    `series_errors` measures how far the series is from it.
     """
     power = c
     total = torch.diagonal(c).sum()
@@ -146,42 +131,28 @@ def coding_length(
     The code may make the squared error eps_d^2 = eps2 per feature. log det / 2 is the length for
     one row: the logarithm of how many balls of squared radius d eps_d^2 fill the volume that the
     features take. The code has m rows, and d principal directions, each at the cost of a row: hence
-    m + d (Ma). The squared error of a row is then d eps_d^2, by default d / 32. For d > 32 it
-    exceeds the squared norm of the row, 1. So read L as a smooth measure of spread, not as the
-    length of a useful code. Z2, a second branch as in Liu et al., is Z1 by default. Our method with
-    two branches, `branch`, has experts, and so calls `moe_coding_length` instead.
+    m + d (Ma).
 
-    As det(I + AB) = det(I + BA), we take the smaller one of a d x d and an m x m matrix. The
-    default is exact. An even `order` takes the series of Liu et al.; if it diverges, a warning says
-    so and the exact value is used [choice]. Other orders raise ValueError.
+    The squared error of a row is then d eps_d^2, by default d / 32. For d > 32 it exceeds the
+    squared norm of the row, 1. So read L as a smooth measure of spread, not as the length of a
+    useful code.
+
+    As det(I + AB) = det(I + BA), we take the smaller one of a d x d and an m x m matrix. Our
+    methods have a second branch Z2, as in Liu et al., in `moe_coding_length` only, and never an
+    `order`, which takes the series. Raises ValueError if the series diverges, or for an odd order:
+    its series is convex in a large eigenvalue (order 3: above 1/2), so maximising it would put all
+    energy in one direction.
     """
     m, d = z1.shape
     z2 = z1 if z2 is None else z2
     c = (z1.T @ z2 if d < m else z1 @ z2.T) / (m * eps2)
-    if order is not None and series_converges(c, order):
-        return (m + d) / 2 * series_logdet(c, order)
-    return (m + d) / 2 * exact_logdet(c, symmetric=(z2 is z1))
-
-
-def series_converges(c: Tensor, order: int) -> bool:
-    """Whether the series may be used: a spectral norm of C below 1. Warns if it is not.
-
-    The norm has to wait for the device. Raises ValueError for an odd order: the series is then
-    convex in an eigenvalue that is large (order 3: above 1/2). To maximise it would put all energy
-    in one direction.
-    """
-    if order % 2 or order < 2:
+    if order is None:
+        return (m + d) / 2 * exact_logdet(c, symmetric=(z2 is z1))
+    if order < 2 or order % 2:
         raise ValueError(f"order should be even and positive, not {order}")
-    if not c.isfinite().all():  # here the norm would raise
-        return True  # the series carries the nan into the loss, which `end_epoch` reports
-    norm = torch.linalg.matrix_norm(c.detach(), 2).item()
-    if norm >= 1:
-        warnings.warn(
-            "the coding length's series diverges (spectral norm 1 or more), so the exact "
-            "value is used; give a larger --eps2, or leave --order out",
-            stacklevel=3,
-        )
-    return norm < 1
+    if torch.linalg.matrix_norm(c, 2) >= 1:
+        raise ValueError("the series diverges: give a larger eps2, or no order")
+    return (m + d) / 2 * series_logdet(c, order)
 
 
 def moe_coding_length(z: Tensor, gates: Tensor, *, eps2: float, z2: Tensor | None = None) -> Tensor:
@@ -191,8 +162,7 @@ def moe_coding_length(z: Tensor, gates: Tensor, *, eps2: float, z2: Tensor | Non
         n_k = sum_j pi_jk
 
     gates: pi, m x K, rows sum to 1. The K matrices are d x d or m x m. With one expert it is L(Z).
-    With more, and one branch, it is at most L(Z), because log det is concave: what raises it raises
-    a lower bound of L(Z).
+    With more, and one branch, it is a lower bound of L(Z), because log det is concave.
 
     We weight expert k by n_k / m, as Yu et al. do [choice]. A separate code of n_k rows has the
     factor (n_k + d) / 2. These sum to more than (m + d) / 2, so the bound would not hold. We also
@@ -236,7 +206,7 @@ def longest_code(m: int, d: int, eps2: float) -> float:
     """L_max, the largest L(Z) of m unit rows, so that L / L_max <= 1.
 
     The eigenvalues of Z^T Z sum to m, and at most r = min(m, d) are not 0. As log is concave, the
-    length is largest if all r are m / r.
+    length is largest if r of them are equal, each m / r.
     """
     r = min(m, d)
     return (m + d) / 2 * r * math.log(1 + 1 / (r * eps2))
@@ -274,7 +244,7 @@ def mec(student, teacher, images, labels, args):
     with penultimate(student) as features:
         logits = student(images)
     z = normalized_rows(features[0])
-    length = coding_length(z, eps2=args.eps2, order=args.order)
+    length = coding_length(z, eps2=args.eps2)
     share = length / longest_code(*z.shape, args.eps2)
     return F.cross_entropy(logits, labels) - args.beta * share
 
@@ -414,7 +384,11 @@ def spectrum(features: Tensor, eps2: float) -> tuple[float, float, float]:
 
 
 def diagnose(args: Namespace, data: Data, network: nn.Module, trained: dict) -> None:
-    """Print what checks the abstract's claims, and the series, for the last seed's networks."""
+    """Measure what the abstract claims, on the networks of the last seed.
+
+    These are richer features, by coding length and effective rank, and a long tail that the experts
+    share, by the magnitudes of each. The strength of the term and the error of the series are ours.
+    """
     histories = [row["history"] for _, row in trained.values()]
     features = {"fp": features_of(network, data)}
     for name, (model, _) in trained.items():

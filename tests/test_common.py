@@ -138,7 +138,7 @@ def test_val_holds_out_images_by_seed_and_reads_no_test_image(monkeypatch):
 def test_a_split_is_as_balanced_as_the_classes_allow():
     labels = torch.tensor([0] * 50 + [1] * 30 + [2] * 5)
     x = torch.arange(85)
-    picked, own, others, rest = common.split(x, labels, 35, 0, "--train-size")
+    picked, own, others, rest = common.pick_balanced(x, labels, 35, 0, "--train-size")
     assert own.bincount().tolist() == [15, 15, 5]
     same(own, labels[picked])
     same(rest, labels[others])
@@ -148,7 +148,7 @@ def test_a_split_is_as_balanced_as_the_classes_allow():
 def test_a_split_of_many_classes_takes_no_time():
     labels = torch.arange(100_000) % 5000
     started = time.perf_counter()
-    _, own, *_ = common.split(labels, labels, 10_000, 0, "--train-size")
+    _, own, *_ = common.pick_balanced(labels, labels, 10_000, 0, "--train-size")
     assert time.perf_counter() - started < 2
     assert own.bincount().eq(2).all()
 

@@ -144,7 +144,7 @@ def test_hidden_labels_are_never_used(monkeypatch, run, tiny_data, tmp_path):
     """Wrong ones change nothing, from full precision to figures and results."""
     hidden = cr_qat.hide_labels(tiny_data, 20, seed=0).train_labels < 0
     known = (~hidden).nonzero().flatten()
-    monkeypatch.setattr(common, "split", lambda *_: [known])
+    monkeypatch.setattr(common, "pick_balanced", lambda *_: [known])
     flags = "--ablate --diagnose --labels 20 --out"
     for add in (0, 1):
         labels = (tiny_data.train_labels + add * hidden) % 10

@@ -314,13 +314,12 @@ BAD = dict(case.split() for case in """
     --val 36, --batch-size 1, --epochs 0x10, --fp-epochs 1e3, --lr 0, --fp-lr inf, --seed -1,
     --weight-decay -1, --fp-weight-decay 2, --out /dev/null/a, --p 1.1, --ema nan, --csd-weight nan,
     --kd-temperature 0, --kd-weight 1e999, --labels 2, --temperature 0, --rho 2, --lambda-max -1,
-    --ramp-epochs -inf, --order 3, --beta 1_, --eps2 0, --experts 65, --sam-rho -1,
+    --ramp-epochs -inf, --beta 1_, --eps2 0, --experts 65, --sam-rho -1,
     --noise-lambda +, --label-smoothing 2, --swa-rate -1, --noise-bits 1,
     --mod resnet8""".split(","))
 MORE = {
     "cr_qat": ["--views none flip none", "--labels 6 --batch-size 7"],
-    "flat_quant": ["--method weight+isotropic"],
-    "mec_quant": ["--order 2"]}
+    "flat_quant": ["--method weight+isotropic"]}
 
 
 @pytest.mark.parametrize("script", FLAGS)
@@ -371,7 +370,7 @@ def test_black_images_and_extreme_values_run(script, flags, images, run, tmp_pat
 
 @pytest.mark.parametrize("script,flags", [
     ("fpq", "--method fpq"),
-    ("mec_quant", "--method mec --order 4 --diagnose")])
+    ("mec_quant", "--method mec --diagnose")])
 def test_divergence_is_one_line_and_keeps_the_epochs_before(script, flags, images, run, tmp_path):
     result = run(script, SHORT, images, "--lr 1000 --weight-decay 1 --epochs 9", flags)
     assert_one_line(result, "try a smaller --lr", 3)
