@@ -188,11 +188,11 @@ class Quantizer(nn.Module):
         high = rows.amax(1).clamp_min(0)
         width = high - low
         widest = width.max() if width.max() > TINY else 1
-        # A channel of zeros starts with the range from -widest to 0
+        # A channel of zeros gets -widest as its low; its high follows below
         low = torch.where(width > TINY, low, -widest)
-        # On a bound of the grid x has no gradient. If no value is above 0, zeros would lie on the
-        # upper bound and never move. So we add one level above 0; a single bit has none to spare.
-        # If no value is below 0, the only zeros are those of a ReLU, which need no gradient.
+        # If no value is above 0, z would be q_max, and an x of 0 would lie on the upper bound,
+        # where it gets no gradient. So we add one level above 0; a single bit has none to spare.
+        # The lower bound needs nothing like it: there the zeros come from a ReLU.
         if self.bits > 1:
             high = torch.where(high > 0, high, -low / (self.qmax - 1))
         S = (high - low) / self.qmax  # Eq. 4
@@ -253,10 +253,10 @@ class PACT(Quantizer):
 
     n is the number of levels above 0: q_max - z, where z is 0 unless the data are signed.
 
-    We store s instead of alpha = n s. But dL/ds is n dL/dalpha, and alpha moves n times as far as
-    s. So we divide the gradient of s by n^2, and alpha moves as if it were the parameter. alpha
-    starts where LSQ's grid ends. If the data are signed, we clip at -z s as well, and values below
-    that move s too [choices].
+    We store s instead of alpha = n s. A step of s by dL/ds = n dL/dalpha would move alpha by n^2
+    dL/dalpha. We divide the gradient of s by n^2, so that alpha moves as if it were the parameter.
+    alpha starts where LSQ's grid ends. If the data are signed, we clip at -z s as well, and values
+    below that move s too [choices].
     """
 
     decays = True  # as in PACT's paper: weight decay keeps alpha, and so the rounding error, small
@@ -716,8 +716,9 @@ def pick_balanced(x: Tensor, y: Tensor, size: int, seed: int, flag: str) -> tupl
             f"{len(y) - 1}, all training images but one"
         )
     order = torch.randperm(len(y), generator=torch.Generator().manual_seed(seed))
-    # Shuffle, then number the images of each class 0, 1, 2, ... in the shuffled order. This is an
-    # image's rank. The `size` lowest ranks take an image of each class in turn.
+    # Take one image of every class, then a second one of every class, until there are `size`. So
+    # shuffle, number the images of each class 0, 1, 2, ... in that order, which gives their ranks,
+    # and take the lowest ranks.
     by_class = order[y[order].argsort(stable=True)]  # class after class, shuffled within a class
     rank = torch.empty_like(y)
     for members in by_class.split(y.bincount().tolist()):
@@ -1215,8 +1216,8 @@ class Progress:
 # trains its own.
 FP_FLAGS = "model depth stem augment pad batch_size fp_epochs fp_lr fp_weight_decay".split()
 # Flags, of any script, that are left out of a checkpoint's settings. Most do not change training.
-# The others are in the settings under another name: --bits as wbits and abits; --train-size, --val
-# and --dataset as the checksum "data"; --seed and --method as "seed" and "method".
+# Those that do are in the settings in another form: --bits as wbits and abits; --train-size, --val
+# and --dataset as the checksum "data"; of all seeds and methods, the ones of this run.
 NOT_SETTINGS = (
     "out data_dir dataset train_size val device recipe bits seed method ablate ablate_views "
     "diagnose more_bits resume dry_run script command epochs_left"
@@ -1355,8 +1356,8 @@ def finish(
     First, one fixed pass over the training images renews batch norm's statistics [choice]. Training
     leaves those of its last batches, which can change accuracy by a point. cr_qat.py and
     flat_quant.py also evaluate an average of the network's weights. They pass it as `model`, and
-    its name in the results as `method`. entries: more columns of the row; they replace flags of the
-    same name, as wbits=32 does for full precision.
+    its name in the results as `method`. entries: more columns of the row, such as the bits of full
+    precision.
     """
     args = checkpoint.args
     data = checkpoint.data
@@ -1459,9 +1460,8 @@ def load(path: str | Path) -> tuple[nn.Module, Tensor, Tensor, list[str]]:
     """(network in eval mode, mean, std, class names) of a checkpoint.
 
     The network takes (images - mean) / std. The images are floats from 0 to 1, N x 3 x 32 x 32.
-    From a file of flat_quant.py, which quantizes after training, you get the network in full
-    precision. It is the one of the last epoch; the average of its weights is in the file, but not
-    read.
+    It is always the network of the last epoch, not an average of its weights. From a file of
+    flat_quant.py, which quantizes after training, it is in full precision.
     """
     state = read_checkpoint(Path(path))
     flags = state["settings"]

@@ -48,7 +48,9 @@ GUESSES = {
     "lambda_max": 1.0,
     "ema": 0.999,
     "ramp_epochs": 5.0,
-    "stem": "imagenet",  # fits FPQ's accuracy in full precision; on CIFAR-100 --stem cifar does
+    # On CIFAR-10 this gives about the accuracy of FPQ's paper in full precision. On CIFAR-100
+    # --stem cifar does.
+    "stem": "imagenet",
     "fp_epochs": 200,
     "fp_lr": 0.1,
     "fp_weight_decay": 5e-4,
@@ -119,10 +121,10 @@ def ema_update(teacher: nn.Module, student: nn.Module, updates: int, alpha: floa
 
         theta_T <- keep theta_T + (1 - keep) theta_S,   keep = min(1 - 1 / (updates + 1), alpha)
 
-    `updates` counts the calls before this one. While keep < alpha, theta_T is the mean of all
-    students so far. Zero points, and the 8-bit step sizes of the first and the last layer, are not
-    learned; they are the same in both networks. Batch norm's statistics are not averaged: in
-    training, the teacher takes those of its own batch.
+    `updates` counts the calls before this one. So the first call copies the student, and while keep
+    < alpha, theta_T is the mean of the student after each step so far. Zero points, and the 8-bit
+    step sizes of the first and the last layer, are not learned; they are the same in both networks.
+    Batch norm's statistics are not averaged: in training, the teacher takes those of its own batch.
     """
     keep = min(1 - 1 / (updates + 1), alpha)
     update = get_ema_multi_avg_fn(keep)
@@ -280,7 +282,7 @@ def train(
     Student and average start as quantized copies of `network`. name: what the results call the run;
     by default that is the method.
     """
-    # For calibration and, at the end, for batch norm's statistics: labelled images alone [choice]
+    # For calibration and, in `finish`, for batch norm's statistics: labelled images alone [choice]
     labelled = labelled_images(data)
     student = quantize(network, args.wbits, args.abits, args.quantizer)
     calibrate(student, labelled.sample(100)[0])
@@ -343,11 +345,11 @@ def figures_of_epoch(
 ) -> dict:
     """The state after an epoch, and what one more step would change.
 
-    ratio: |gradient of the consistency term| / |gradient of the cross-entropy|, 0 for methods
-    without the term. changed: the share of weights whose integer one more step changes, without the
-    first and the last layer. It shrinks with the learning rate. For both, the term has its full
-    weight, whatever the epoch. trace: that of the cross-entropy's Hessian, with its standard error.
-    parts: model, which is the student, optimizer and average.
+    In ratio and changed the consistency term has its full weight, whatever the epoch. ratio:
+    |gradient of this term| / |gradient of the cross-entropy|, 0 for methods without it. changed:
+    the share of weights whose integer one more step changes, without the first and the last layer;
+    it shrinks with the learning rate. trace: that of the cross-entropy's Hessian, with its standard
+    error. parts: model, which is the student, optimizer and average.
     """
     # The step is taken on copies. All are copied in one call, so that the copied optimizer updates
     # the copied student.

@@ -152,15 +152,17 @@ class DifferentialWeightNoise:
     """Gaussian noise like the weights' quantization error, by output channel.
 
     In step t the weights are w + n_t while gradient and step are taken; then n_t is removed. So w
-    itself takes an ordinary step, with the gradient (and the weight decay) of w + n_t:
+    itself takes an ordinary step, with the gradient at w + n_t:
 
         w_(t+1) = w_t - lr dL/dw(w_t + n_t),   n_t = lambda (mu + sigma e),   e ~ N(0, 1)
 
-    To remove it before the step instead would change only the weight decay. The authors write the
-    same step for the noisy weights v_t = w_t + n_t. It has a difference of two noises, hence
-    "differential" (Anti-PGD, Orvieto et al. 2022):
+    The authors write the same step for the noisy weights v_t = w_t + n_t. Their form contains a
+    difference of two noises, hence "differential" (Anti-PGD, Orvieto et al. 2022):
 
         v_(t+1) = w_(t+1) + n_(t+1) = v_t - lr dL/dv(v_t) + n_(t+1) - n_t
+
+    If n_t were removed before the step, only the weight decay would differ; see
+    AdditiveWeightNoise.
 
     mu and sigma are mean and standard deviation of the error at the start of each epoch [choice;
     the authors take moving averages of both over the epochs].
@@ -279,7 +281,7 @@ class ActivationNoise:
 
     def perturb(self, x: Tensor, mean: Tensor, std: Tensor, strength: float) -> Tensor:
         noise = torch.empty_like(x)
-        # channels_last memory is filled eight times as fast through a view, N x H x W x C
+        # Only for speed: `view` is the same memory, but in the order in which it lies
         view = noise if noise.is_contiguous() else noise.movedim(1, -1)
         view.normal_()
         chosen = torch.rand_like(x) < self.chance(x)
@@ -468,7 +470,7 @@ def print_errors(args: Namespace, data: Data, network: nn.Module) -> None:
     inputs = layer_inputs(network, images)
     print(
         f"\n{args.method[0]}, last seed: errors at W{args.wbits}A{args.abits} over ||W x||^2, and "
-        "their shape\n(Gaussian: excess kurtosis 0; independent: correlation 0)"
+        "their shape\n(Gaussian: excess kurtosis 0; independent of the weights: correlation 0)"
     )
     common.print_row("AQE", "WQE", "cross", "total", "kurt. dW", "kurt. dx", "corr(dW, W)", "layer")
     for name, layer in weight_layers(quantized).items():

@@ -36,9 +36,9 @@ import torch.nn.functional as F
 from common import Checkpoint, Data, Progress, calibrate, feature_layers, hooked, quantize
 from torch import Tensor, nn
 
-# What --recipe paper sets: section 4 of the paper, and our guesses [choice] where it is silent. It
-# does not name the stem, the first layers of ResNet-18. Its accuracy in full precision fits
-# torchvision's own, "imagenet", on CIFAR-10. On CIFAR-100 it fits --stem cifar.
+# What --recipe paper sets: section 4 of the paper, and our guesses [choice] where it is silent. The
+# stem is the first layers of ResNet-18. The paper's accuracy in full precision is about what
+# torchvision's own, --stem imagenet, gives on CIFAR-10, and --stem cifar on CIFAR-100.
 PAPER = {
     "model": "resnet18",
     "dataset": "cifar10",
@@ -318,10 +318,10 @@ def figures_of_epoch(
     loss = METHODS[method](student, teacher, images, labels, args)
     torch.manual_seed(0)  # once more, under the same noise, without the added term
     plain = Namespace(**{**vars(args), "csd_weight": 0.0, "kd_weight": 0.0})
-    cross_entropy = METHODS[method](student, teacher, images, labels, plain)
+    without_term = METHODS[method](student, teacher, images, labels, plain)
     return {
         "gradient": common.gradient_of(loss, weights, retain_graph=True).norm().item(),
-        "ratio": common.gradient_ratio(loss, cross_entropy, student),
+        "ratio": common.gradient_ratio(loss, without_term, student),
         "trace": common.sharpness(student, data),
     }
 
