@@ -1,7 +1,9 @@
 """What the four scripts share: quantizers, networks, data, flatness, runs.
 
-"The paper" is that of FPQ, feature-perturbed quantization (arXiv 2503.11159). All four scripts use
-its quantizers; equation numbers are its own. [choice] marks a decision of ours.
+"The paper" is that of FPQ, feature-perturbed quantization (arXiv 2503.11159). All four scripts
+quantize as it does, by default with LSQ, an earlier method; equation numbers are the paper's. Three
+scripts train a quantized network (QAT); flat_quant.py quantizes after training. [choice] marks a
+decision of ours.
 
     1. Quantizers    fake_quantize, Quantizer, quantize, calibrate: what the equations need
     2. Networks      build_model
@@ -188,11 +190,12 @@ class Quantizer(nn.Module):
         high = rows.amax(1).clamp_min(0)
         width = high - low
         widest = width.max() if width.max() > TINY else 1
-        # A channel of zeros gets -widest as its low; its high follows below
+        # A channel of zeros borrows the width of the widest one; the next `if` sets its high
         low = torch.where(width > TINY, low, -widest)
         # If no value is above 0, z would be q_max, and an x of 0 would lie on the upper bound,
         # where it gets no gradient. So we add one level above 0; a single bit has none to spare.
-        # The lower bound needs nothing like it: there the zeros come from a ReLU.
+        # At the lower bound nothing is lost: zeros there come from a ReLU, which passes no gradient
+        # at 0 either.
         if self.bits > 1:
             high = torch.where(high > 0, high, -low / (self.qmax - 1))
         S = (high - low) / self.qmax  # Eq. 4
@@ -253,10 +256,10 @@ class PACT(Quantizer):
 
     n is the number of levels above 0: q_max - z, where z is 0 unless the data are signed.
 
-    We store s instead of alpha = n s. A step of s by dL/ds = n dL/dalpha would move alpha by n^2
-    dL/dalpha. We divide the gradient of s by n^2, so that alpha moves as if it were the parameter.
-    alpha starts where LSQ's grid ends. If the data are signed, we clip at -z s as well, and values
-    below that move s too [choices].
+    We store s instead of alpha = n s. So dL/ds is n dL/dalpha: one factor n. And a step of s moves
+    alpha n times as far: another n. We divide the gradient of s by n^2, so that alpha moves as if
+    it were the parameter. alpha starts where LSQ's grid ends. If the data are signed, we clip at -z
+    s as well, and values below that move s too [choices].
     """
 
     decays = True  # as in PACT's paper: weight decay keeps alpha, and so the rounding error, small
@@ -716,9 +719,8 @@ def pick_balanced(x: Tensor, y: Tensor, size: int, seed: int, flag: str) -> tupl
             f"{len(y) - 1}, all training images but one"
         )
     order = torch.randperm(len(y), generator=torch.Generator().manual_seed(seed))
-    # Take one image of every class, then a second one of every class, until there are `size`. So
-    # shuffle, number the images of each class 0, 1, 2, ... in that order, which gives their ranks,
-    # and take the lowest ranks.
+    # Shuffle. An image's rank is its place 0, 1, 2, ... among the images of its class. The lowest
+    # ranks are one image of every class, then a second one of every class, until there are `size`.
     by_class = order[y[order].argsort(stable=True)]  # class after class, shuffled within a class
     rank = torch.empty_like(y)
     for members in by_class.split(y.bincount().tolist()):
@@ -1217,7 +1219,7 @@ class Progress:
 FP_FLAGS = "model depth stem augment pad batch_size fp_epochs fp_lr fp_weight_decay".split()
 # Flags, of any script, that are left out of a checkpoint's settings. Most do not change training.
 # Those that do are in the settings in another form: --bits as wbits and abits; --train-size, --val
-# and --dataset as the checksum "data"; of all seeds and methods, the ones of this run.
+# and --dataset as the checksum "data"; of the lists --seed and --method, this run's.
 NOT_SETTINGS = (
     "out data_dir dataset train_size val device recipe bits seed method ablate ablate_views "
     "diagnose more_bits resume dry_run script command epochs_left"
@@ -1253,7 +1255,7 @@ class Checkpoint:
         """Restore all parts from the file; return the number of epochs done, or 0.
 
         A finished run is always restored, an unfinished one with --resume or if it is shared.
-        Raises UsageError for a file that is damaged or, renamed perhaps, of other settings.
+        Raises UsageError for a damaged file, or a renamed one, which has other settings.
         """
         if not self.path.exists():
             return 0
@@ -1404,7 +1406,7 @@ def record(args: argparse.Namespace, row: dict) -> None:
         "device": args.device,
     }
     line = json.dumps(row | {"key": key}) + "\n"
-    ending = json.dumps(key) + "}\n"  # of a whole line, as "key" is its last entry
+    ending = json.dumps(key) + "}\n"  # each whole line ends in its key: look for this one
     path = args.out / "results.jsonl"
     with lock(path), open(path, "a+b", buffering=0) as file:
         file.seek(0)

@@ -31,7 +31,6 @@ import torch
 import torch.nn.functional as F
 from common import Checkpoint, Data, Progress, calibrate, hooked, quantize
 from torch import Tensor, nn
-from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 # What --recipe paper sets, for a long training; without it the defaults in `parse_args` apply, for
 # a short one. CR's own settings are not known, so these are FPQ's, a paper by the same authors; see
@@ -48,8 +47,8 @@ GUESSES = {
     "lambda_max": 1.0,
     "ema": 0.999,
     "ramp_epochs": 5.0,
-    # On CIFAR-10 this gives about the accuracy of FPQ's paper in full precision. On CIFAR-100
-    # --stem cifar does.
+    # Guessed from the accuracy of FPQ's paper in full precision on CIFAR-10; on CIFAR-100 it fits
+    # --stem cifar.
     "stem": "imagenet",
     "fp_epochs": 200,
     "fp_lr": 0.1,
@@ -74,8 +73,8 @@ def parse_args() -> Namespace:
     flag("--ema", type=number(float, 0, 1), default=0.9,
          help="alpha: share of the average that a step keeps (default: 0.9)")
     flag("--views", choices=VIEWS, nargs="+", default=[], metavar="VIEW",
-         help="augmentation of the student's view, then of the teacher's; one value sets both; of "
-              f"{', '.join(VIEWS)} (default: --augment, which the baseline always has)")
+         help="augmentation of the student's view, then of the teacher's; one value sets both. "
+              f"Values: {', '.join(VIEWS)} (default: --augment, which the baseline always has)")
     flag("--labels", type=number(int, 1, 10**9),
          help="keep so many labels (default: all); an epoch is one pass over those images")
     flag("--ablate-views", action="store_true",
@@ -83,7 +82,7 @@ def parse_args() -> Namespace:
     args = common.parse(parser, list(METHODS), FPQ_SETTINGS | GUESSES)
     if len(args.views) > 2:
         parser.error(f"--views has {len(args.views)} values: give one for both views, or two")
-    if args.labels and args.batch_size < 8:  # a quarter is labelled; batch norm needs two
+    if args.labels and args.batch_size < 8:  # the baseline has a quarter; batch norm needs two
         parser.error(f"--batch-size {args.batch_size} is too small for --labels; give 8 or more")
     return args
 
@@ -121,15 +120,15 @@ def ema_update(teacher: nn.Module, student: nn.Module, updates: int, alpha: floa
 
         theta_T <- keep theta_T + (1 - keep) theta_S,   keep = min(1 - 1 / (updates + 1), alpha)
 
-    `updates` counts the calls before this one. So the first call copies the student, and while keep
-    < alpha, theta_T is the mean of the student after each step so far. Zero points, and the 8-bit
-    step sizes of the first and the last layer, are not learned; they are the same in both networks.
-    Batch norm's statistics are not averaged: in training, the teacher takes those of its own batch.
+    `updates` counts the calls before this one. So the first call copies the student. Until keep
+    reaches alpha, theta_T is the plain mean of the student's parameters after all steps so far.
+    Zero points, and the 8-bit step sizes of the first and the last layer, are not learned; they are
+    the same in both networks. Batch norm's statistics are not averaged: in training, the teacher
+    takes those of its own batch.
     """
     keep = min(1 - 1 / (updates + 1), alpha)
-    update = get_ema_multi_avg_fn(keep)
-    # torch hands such functions the number of averages as well, which this one ignores
-    update(list(teacher.parameters()), list(student.parameters()), None)
+    for theta_t, theta_s in zip(teacher.parameters(), student.parameters()):
+        theta_t.lerp_(theta_s, 1 - keep)
 
 
 def distort(images: Tensor, name: str) -> Tensor:
@@ -165,8 +164,8 @@ def baseline(student, average, network, views, labels, ramp, args):
 def two_view(student, average, network, views, labels, ramp, args):
     """A control: the student learns the labels of both views, by the mean of the two losses."""
     one = baseline(student, average, network, views, labels, ramp, args)
-    # The same loss on the second view, which comes first in views[1:]
-    other = baseline(student, average, network, views[1:], labels, ramp, args)
+    # `baseline` takes the first of the views that it gets
+    other = baseline(student, average, network, [views[1]], labels, ramp, args)
     return (one + other) / 2
 
 
@@ -192,7 +191,7 @@ def pi(student, average, network, views, labels, ramp, args):
 
 
 def fp_teacher(student, average, network, views, labels, ramp, args):
-    """A control: the full-precision network is the teacher, in eval mode."""
+    """A control: the full-precision network is the teacher, in eval mode as it was read."""
     return consistent(student, network, views, labels, ramp, args)
 
 
@@ -219,11 +218,12 @@ def hide_labels(data: Data, count: int, seed: int) -> Data:
     Raises UsageError for a bad count.
     """
     numbers = torch.arange(len(data.train_labels))
+    # In place of images we give their numbers, and get those that were picked
     keep = common.pick_balanced(numbers, data.train_labels.cpu(), count, seed, "--labels")[0]
     keep = keep.to(data.train_labels.device)
     labels = torch.full_like(data.train_labels, -100)
     labels[keep] = data.train_labels[keep]
-    # So that the checkpoint of another count is not taken for this one's
+    # So that full precision, which all commands share, is not that of another count
     fingerprint = f"{data.fingerprint}-{count}"
     return replace(data, fingerprint=fingerprint, train_labels=labels)
 
@@ -345,11 +345,12 @@ def figures_of_epoch(
 ) -> dict:
     """The state after an epoch, and what one more step would change.
 
-    In ratio and changed the consistency term has its full weight, whatever the epoch. ratio:
-    |gradient of this term| / |gradient of the cross-entropy|, 0 for methods without it. changed:
-    the share of weights whose integer one more step changes, without the first and the last layer;
-    it shrinks with the learning rate. trace: that of the cross-entropy's Hessian, with its standard
-    error. parts: model, which is the student, optimizer and average.
+    "ratio": |gradient of the consistency term| / |gradient of the cross-entropy|, or 0 without term
+    "changed": share of weights, without first and last layer, whose integer one more step changes
+    "trace": that of the cross-entropy's Hessian, with its standard error
+
+    The first two are with the consistency term at its full weight, whatever the epoch. "changed"
+    shrinks with the learning rate. parts: model, which is the student, optimizer and average.
     """
     # The step is taken on copies. All are copied in one call, so that the copied optimizer updates
     # the copied student.

@@ -47,7 +47,7 @@ AUTHORS = {
     "swa_rate": 0.01,
     "noise_lambda": 1.0,
 }
-GUESSES = {"stem": "cifar"}
+GUESSES = {"stem": "cifar"}  # the default already; here to be printed
 
 MORE_BITS = [(8, 8), (4, 4), (3, 4), (2, 4), (2, 2)]
 PROBES = 8  # random vectors for the Hessian's trace
@@ -100,7 +100,9 @@ def error_decomposition(layer: nn.Module, x: Tensor) -> dict[str, float]:
         AQE = ||W dx||^2,   WQE = ||dW x||^2
         total = ||W_hat x_hat - W x||^2 = AQE + WQE + cross
 
-    All are divided by ||W x||^2. x: a batch of the layer's inputs. The layer is calibrated.
+    cross is the rest, ||dW dx||^2 and the inner products between the three terms, and may be
+    negative. All are divided by ||W x||^2. x: a batch of the layer's inputs. The layer is
+    calibrated.
     """
     w = layer.weight
     dw = layer.weight_quantizer(w) - w
@@ -281,7 +283,7 @@ class ActivationNoise:
 
     def perturb(self, x: Tensor, mean: Tensor, std: Tensor, strength: float) -> Tensor:
         noise = torch.empty_like(x)
-        # Only for speed: `view` is the same memory, but in the order in which it lies
+        # For speed: a channels_last tensor is filled through its view N x H x W x C
         view = noise if noise.is_contiguous() else noise.movedim(1, -1)
         view.normal_()
         chosen = torch.rand_like(x) < self.chance(x)

@@ -37,8 +37,8 @@ from common import Checkpoint, Data, Progress, calibrate, feature_layers, hooked
 from torch import Tensor, nn
 
 # What --recipe paper sets: section 4 of the paper, and our guesses [choice] where it is silent. The
-# stem is the first layers of ResNet-18. The paper's accuracy in full precision is about what
-# torchvision's own, --stem imagenet, gives on CIFAR-10, and --stem cifar on CIFAR-100.
+# stem, the first layers of ResNet-18, is guessed from the paper's accuracy in full precision: on
+# CIFAR-10 it fits --stem imagenet, which is torchvision's own, and on CIFAR-100 --stem cifar.
 PAPER = {
     "model": "resnet18",
     "dataset": "cifar10",
@@ -63,8 +63,8 @@ def parse_args() -> Namespace:
     flag("--csd-weight", type=weight, default=100.0,
          help="weight of the distillation L_CSD in the loss, Eq. 22 (default: 100)")
     flag("--noise-at", choices=["operand", "input", "weight"], default="operand",
-         help="noise after the input quantizer (operand, the default), before it (input), or on "
-              "the quantized weight")
+         help="operand (default): noise on the quantized input; input: on the input before it is "
+              "quantized; weight: on the quantized weight")
     flag("--kd-weight", type=weight, default=1.0,
          help="weight of logit distillation, kd (default: 1)")
     flag("--kd-temperature", type=common.number(float, 0.01, 1e3), default=4.0,
@@ -304,12 +304,13 @@ def figures_of_epoch(
 ) -> dict:
     """Numbers measured on 256 training images, with respect to the weights of all layers.
 
-    The noise flattens the loss with respect to features. The paper's figures show flatness with
-    respect to weights. The paper does not prove that one implies the other.
-    gradient: the norm of the loss's gradient, Fig. 2
-    trace: that of the cross-entropy's Hessian, Fig. 5, with its standard error
+    gradient: the norm of the gradient of the method's loss, noise included, Fig. 2
+    trace: that of the cross-entropy's Hessian, without noise, Fig. 5, with its standard error
     ratio: |gradient of the term that the method adds| / |gradient of the cross-entropy|; 0 for
         methods that add no term
+
+    The noise flattens the loss with respect to features. The paper's figures show flatness with
+    respect to weights, but the paper does not prove that one implies the other.
     """
     student = copy.deepcopy(student)
     images, labels = data.sample(256)

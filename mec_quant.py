@@ -1,16 +1,16 @@
 """MEC-Quant, maximum entropy coding. Pang, Cai, Zhang, "MEC-Quant: Maximum Entropy Coding for
 Extremely Low Bit Quantization-Aware Training", arXiv 2509.15514.
 
-The idea. Few bits bias what a network represents. MEC-Quant keeps the features rich while the
-network learns the labels: it maximises their entropy, measured by the length of a lossy code for
-them. The loss is the cross-entropy minus beta times this length, divided by the longest possible.
-Features have a long tail: those of a few images are far larger than most. A mixture of experts,
-each for features of similar norm, is to handle it.
+The idea. With few bits a network represents its inputs in a biased way. MEC-Quant keeps the
+features rich while the network learns the labels: it maximises their entropy, measured by the
+length of a lossy code for them. The loss is the cross-entropy minus beta times this length, divided
+by the longest possible. Features have a long tail: those of a few images are far larger than most.
+A mixture of experts is to handle it.
 
 We had only the abstract and summaries, which name the coding length and the experts. The length is
 that of Ma et al. 2007, its Taylor series that of Liu et al. 2022 (MEC). The rest is ours, marked
 [choice]: what the features are, and how the experts share the images. We code directions: features
-minus their mean over the batch, scaled to norm 1. This alone removes the tail. So our experts do
+minus their mean over the batch, scaled to norm 1. So no tail is left for experts to handle. Ours do
 something else: each measures how far the directions spread among images whose features had a
 similar norm, and training increases this spread. The method `mec` has no experts, and `random` has
 random ones. Whether the authors' experts work like this, we do not know. The formula of the mixture
@@ -52,8 +52,8 @@ FPQ_SETTINGS = {
     "weight_decay": 5e-4,
 }
 GUESSES = {
-    # On CIFAR-10 this gives about the accuracy of FPQ's paper in full precision. On CIFAR-100
-    # --stem cifar does.
+    # Guessed from the accuracy of FPQ's paper in full precision on CIFAR-10; on CIFAR-100 it fits
+    # --stem cifar.
     "stem": "imagenet",
     "fp_epochs": 200,
     "fp_lr": 0.1,
@@ -132,8 +132,8 @@ def coding_length(
 
     The code may make the squared error eps_d^2 = eps2 per feature. log det / 2 is the length for
     one row: the logarithm of how many balls of squared radius d eps_d^2 fill the volume that the
-    features take. The code has m rows, and d principal directions, each at the cost of a row: hence
-    m + d (Ma).
+    features take. The code holds the m rows, and also the d principal directions, which a decoder
+    needs. A direction costs as much as a row: hence m + d (Ma).
 
     The squared error of a row is then d eps_d^2, by default d / 32. For d > 32 it exceeds the
     squared norm of the row, 1. So read L as a smooth measure of spread, not as the length of a
@@ -141,10 +141,11 @@ def coding_length(
 
     As det(I + AB) = det(I + BA), we take the smaller one of a d x d and an m x m matrix.
 
-    For comparison with Liu et al. there are a second branch, z2, and a series in place of the exact
-    value, up to an even `order`. Our methods pass neither of them here. An odd order raises
-    ValueError: such a series is convex in a large eigenvalue (order 3: above 1/2), so maximising it
-    would put all energy in one direction. A series that diverges raises it, too.
+    As in Liu et al., there can be a second branch, z2, and a series in place of the exact value, up
+    to an even `order`. No code here passes them; the method `branch` has its second branch in
+    `moe_coding_length`. An odd order raises ValueError: such a series is convex in a large
+    eigenvalue (order 3: above 1/2), so maximising it would put all energy in one direction. A
+    series that diverges raises it, too.
     """
     m, d = z1.shape
     z2 = z1 if z2 is None else z2
@@ -167,9 +168,9 @@ def moe_coding_length(z: Tensor, gates: Tensor, *, eps2: float, z2: Tensor | Non
     gates: pi, m x K, rows sum to 1. The K matrices are d x d or m x m. With one expert it is L(Z).
     With more, and one branch, it is a lower bound of L(Z), because log det is concave.
 
-    We weight expert k by n_k / m, as Yu et al. do [choice]. A separate code of n_k rows has the
-    factor (n_k + d) / 2. These sum to more than (m + d) / 2, so the bound would not hold. We also
-    leave out the bits that name an image's expert [choice].
+    We weight expert k by n_k / m, as Yu et al. do [choice]. Separate codes would have the factors
+    (n_k + d) / 2, which sum to (m + K d) / 2, and the bound need not hold. We also leave out the
+    bits that name an image's expert [choice].
     """
     m, d = z.shape
     n = gates.sum(0).clamp_min(common.TINY)
@@ -361,7 +362,7 @@ def figures_of_epoch(
     images, labels = data.sample(256)
     loss = METHODS[method](student, teacher, images, labels, args)
     cross_entropy = baseline(student, teacher, images, labels, args)
-    ratio = common.gradient_ratio(loss, cross_entropy, student)  # of their difference
+    ratio = common.gradient_ratio(loss, cross_entropy, student)
     return {"ratio": ratio, "series": series}
 
 
