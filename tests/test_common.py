@@ -197,6 +197,7 @@ def folder(tmp_path) -> Path:
 
 def test_a_folder_is_read_without_what_is_no_image(folder, capsys):
     (folder / "train/a/1.gif").touch()
+    (folder / "train/notes.txt").touch()
     (folder / "train/.ipynb_checkpoints").mkdir()
     (folder / "train/b/.thumbnails").mkdir()
     shutil.copy(folder / "train/b/0.png", folder / "train/b/.thumbnails")
