@@ -1,7 +1,7 @@
 """What the four scripts share: quantizers, networks, data, flatness, runs.
 
-"The paper" is that of FPQ, feature-perturbed quantization (arXiv 2503.11159). All four scripts
-quantize as it does, by default with LSQ, an earlier method; equation numbers are the paper's. Three
+"The paper" is that of FPQ, feature-perturbed quantization (arXiv 2503.11159). Its quantizer is LSQ,
+an earlier method, which all four scripts use by default. Equation numbers are the paper's. Three
 scripts train a quantized network (QAT); flat_quant.py quantizes after training. [choice] marks a
 decision of ours.
 
@@ -190,7 +190,8 @@ class Quantizer(nn.Module):
         high = rows.amax(1).clamp_min(0)
         width = high - low
         widest = width.max() if width.max() > TINY else 1
-        # A channel of zeros borrows the width of the widest one; the next `if` sets its high
+        # A channel of zeros has no width. We let it reach down to -widest: then it is one more
+        # channel without values above 0.
         low = torch.where(width > TINY, low, -widest)
         # If no value is above 0, z would be q_max, and an x of 0 would lie on the upper bound,
         # where it gets no gradient. So we add one level above 0; a single bit has none to spare.
@@ -256,10 +257,10 @@ class PACT(Quantizer):
 
     n is the number of levels above 0: q_max - z, where z is 0 unless the data are signed.
 
-    We store s instead of alpha = n s. So dL/ds is n dL/dalpha: one factor n. And a step of s moves
-    alpha n times as far: another n. We divide the gradient of s by n^2, so that alpha moves as if
-    it were the parameter. alpha starts where LSQ's grid ends. If the data are signed, we clip at -z
-    s as well, and values below that move s too [choices].
+    We store s instead of alpha = n s. As dL/ds = n dL/dalpha and a step of s moves alpha n times as
+    far, alpha would move n^2 times too far. So we divide the gradient of s by n^2. alpha starts
+    where LSQ's grid ends. If the data are signed, we clip at -z * s as well, and values below that
+    move s too [choices].
     """
 
     decays = True  # as in PACT's paper: weight decay keeps alpha, and so the rounding error, small
@@ -708,9 +709,9 @@ def make_data(args: argparse.Namespace, images: tuple, seed: int) -> Data:
 def pick_balanced(x: Tensor, y: Tensor, size: int, seed: int, flag: str) -> tuple:
     """`size` random images and labels, as class-balanced as the data allows; then the others.
 
-    flag: which flag asks for it. "--val" evaluates on the first lot and trains on the others; all
-    other flags train on the first lot. Raises UsageError for a bad size, or if a class has no image
-    left to train on.
+    Raises UsageError for a bad size, or if a class has no image left to train on. flag: the one
+    that asks for it, for this message. With "--val" the others are for training, else the first
+    lot.
     """
     classes = int(y.max()) + 1
     if not classes <= size < len(y):
@@ -719,11 +720,12 @@ def pick_balanced(x: Tensor, y: Tensor, size: int, seed: int, flag: str) -> tupl
             f"{len(y) - 1}, all training images but one"
         )
     order = torch.randperm(len(y), generator=torch.Generator().manual_seed(seed))
-    # Shuffle. An image's rank is its place 0, 1, 2, ... among the images of its class. The lowest
-    # ranks are one image of every class, then a second one of every class, until there are `size`.
-    by_class = order[y[order].argsort(stable=True)]  # class after class, shuffled within a class
+    # The rank of an image is its place among the shuffled images of its class: 0, 1, 2, ... The
+    # lowest ranks are one image of every class, then a second one, and so on.
+    shuffled = y[order]
     rank = torch.empty_like(y)
-    for members in by_class.split(y.bincount().tolist()):
+    for number in range(classes):
+        members = order[shuffled == number]
         rank[members] = torch.arange(len(members))
     taken = rank.argsort(stable=True)[:size]
     picked = torch.zeros_like(y, dtype=torch.bool)
@@ -1004,7 +1006,7 @@ def base_parser(description: str, methods: list[str], default: list[str]) -> Par
     flag("--ablate", action="store_true", help="train all methods")
     flag("--diagnose", action="store_true", help="print what the script's paper draws, as numbers")
     flag("--recipe", choices=["paper"],
-         help="make the published settings, and our guesses where there are none, the defaults")
+         help="take the published settings as defaults, and our guesses where there are none")
     flag("--resume", action="store_true", help="continue where the same command was stopped")
     flag("--dry-run", action="store_true", help="one epoch of about 64 images, in OUT/dry-run")
     flag("--device", default="auto", help="cpu, cuda, cuda:1, mps, ... (default: what is there)")
@@ -1214,12 +1216,12 @@ class Progress:
         return "  ".join(f"{name} {mean:.4f}" for name, mean in self.means().items())
 
 
-# What full precision depends on, so that the three QAT scripts can share one network; flat_quant.py
-# trains its own.
+# The flags that full precision depends on. No others are in the settings of its checkpoint, so that
+# the three QAT scripts can share one network; flat_quant.py trains its own.
 FP_FLAGS = "model depth stem augment pad batch_size fp_epochs fp_lr fp_weight_decay".split()
 # Flags, of any script, that are left out of a checkpoint's settings. Most do not change training.
 # Those that do are in the settings in another form: --bits as wbits and abits; --train-size, --val
-# and --dataset as the checksum "data"; of the lists --seed and --method, this run's.
+# and --dataset as the checksum "data". --seed and --method are lists; this run has one of each.
 NOT_SETTINGS = (
     "out data_dir dataset train_size val device recipe bits seed method ablate ablate_views "
     "diagnose more_bits resume dry_run script command epochs_left"
@@ -1355,11 +1357,11 @@ def finish(
 ) -> dict:
     """Evaluate the network on all test images; write and return a row of results.
 
-    First, one fixed pass over the training images renews batch norm's statistics [choice]. Training
-    leaves those of its last batches, which can change accuracy by a point. cr_qat.py and
-    flat_quant.py also evaluate an average of the network's weights. They pass it as `model`, and
-    its name in the results as `method`. entries: more columns of the row, such as the bits of full
-    precision.
+    First, one pass over the training images, always with the same seed, renews batch norm's
+    statistics [choice]. Training leaves those of its last batches, which can change accuracy by a
+    point. cr_qat.py and flat_quant.py also evaluate an average of the network's weights. They pass
+    it as `model`, and its name in the results as `method`. entries: more columns of the row, such
+    as the bits of full precision.
     """
     args = checkpoint.args
     data = checkpoint.data
@@ -1405,8 +1407,8 @@ def record(args: argparse.Namespace, row: dict) -> None:
         "processor": processor,
         "device": args.device,
     }
-    line = json.dumps(row | {"key": key}) + "\n"
-    ending = json.dumps(key) + "}\n"  # each whole line ends in its key: look for this one
+    line = json.dumps(row | {"key": key}) + "\n"  # the key comes last
+    ending = json.dumps(key) + "}\n"
     path = args.out / "results.jsonl"
     with lock(path), open(path, "a+b", buffering=0) as file:
         file.seek(0)

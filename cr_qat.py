@@ -47,8 +47,8 @@ GUESSES = {
     "lambda_max": 1.0,
     "ema": 0.999,
     "ramp_epochs": 5.0,
-    # Guessed from the accuracy of FPQ's paper in full precision on CIFAR-10; on CIFAR-100 it fits
-    # --stem cifar.
+    # A guess: the accuracy in full precision that FPQ's paper reports fits this stem on CIFAR-10,
+    # and --stem cifar on CIFAR-100
     "stem": "imagenet",
     "fp_epochs": 200,
     "fp_lr": 0.1,
@@ -82,7 +82,7 @@ def parse_args() -> Namespace:
     args = common.parse(parser, list(METHODS), FPQ_SETTINGS | GUESSES)
     if len(args.views) > 2:
         parser.error(f"--views has {len(args.views)} values: give one for both views, or two")
-    if args.labels and args.batch_size < 8:  # the baseline has a quarter; batch norm needs two
+    if args.labels and args.batch_size < 8:  # batch norm needs two images; see `baseline`
         parser.error(f"--batch-size {args.batch_size} is too small for --labels; give 8 or more")
     return args
 
@@ -191,7 +191,7 @@ def pi(student, average, network, views, labels, ramp, args):
 
 
 def fp_teacher(student, average, network, views, labels, ramp, args):
-    """A control: the full-precision network is the teacher, in eval mode as it was read."""
+    """A control: the full-precision network is the teacher, in eval mode."""
     return consistent(student, network, views, labels, ramp, args)
 
 
@@ -223,7 +223,7 @@ def hide_labels(data: Data, count: int, seed: int) -> Data:
     keep = keep.to(data.train_labels.device)
     labels = torch.full_like(data.train_labels, -100)
     labels[keep] = data.train_labels[keep]
-    # So that full precision, which all commands share, is not that of another count
+    # It is in the names of checkpoints: full precision of another count has another file
     fingerprint = f"{data.fingerprint}-{count}"
     return replace(data, fingerprint=fingerprint, train_labels=labels)
 
@@ -277,7 +277,7 @@ def epoch_batches(args: Namespace, data: Data, method: str, draws: torch.Generat
 def train(
     args: Namespace, data: Data, method: str, seed: int, network: nn.Module, name: str = ""
 ) -> tuple[nn.Module, list[dict]]:
-    """Returns (the quantized network, its rows of results).
+    """Returns (the student, its rows of results).
 
     Student and average start as quantized copies of `network`. name: what the results call the run;
     by default that is the method.

@@ -47,7 +47,7 @@ AUTHORS = {
     "swa_rate": 0.01,
     "noise_lambda": 1.0,
 }
-GUESSES = {"stem": "cifar"}  # the default already; here to be printed
+GUESSES = {"stem": "cifar"}  # the default already; here so that --recipe prints it
 
 MORE_BITS = [(8, 8), (4, 4), (3, 4), (2, 4), (2, 2)]
 PROBES = 8  # random vectors for the Hessian's trace
@@ -154,7 +154,8 @@ class DifferentialWeightNoise:
     """Gaussian noise like the weights' quantization error, by output channel.
 
     In step t the weights are w + n_t while gradient and step are taken; then n_t is removed. So w
-    itself takes an ordinary step, with the gradient at w + n_t:
+    itself takes an ordinary step, but with the gradient at w + n_t. Weight decay, which is left out
+    here, is also that of w + n_t.
 
         w_(t+1) = w_t - lr dL/dw(w_t + n_t),   n_t = lambda (mu + sigma e),   e ~ N(0, 1)
 
@@ -343,8 +344,8 @@ def swa_start(args: Namespace) -> int:
 def learning_rate(args: Namespace, step: int, steps_per_epoch: int) -> float:
     """The learning rate as a share of its peak; `step` counts from the start of training.
 
-    After a warm-up, a cosine down to 0 at the end. With --swa-rate, a cosine that would reach 0
-    where SWA starts, but is never below that rate, which is held from then on.
+    After a warm-up, a cosine down to 0 at the end. With --swa-rate r: a cosine down to 0 where SWA
+    starts, but never below r, and r from then on.
     """
     if not args.swa_rate:
         return common.cosine(step, args.fp_epochs * steps_per_epoch, warmup=0.1)

@@ -37,8 +37,8 @@ from common import Checkpoint, Data, Progress, calibrate, feature_layers, hooked
 from torch import Tensor, nn
 
 # What --recipe paper sets: section 4 of the paper, and our guesses [choice] where it is silent. The
-# stem, the first layers of ResNet-18, is guessed from the paper's accuracy in full precision: on
-# CIFAR-10 it fits --stem imagenet, which is torchvision's own, and on CIFAR-100 --stem cifar.
+# stem is the first layers of ResNet-18. We guess it: the accuracy in full precision that the paper
+# reports fits torchvision's own, --stem imagenet, on CIFAR-10, and --stem cifar on CIFAR-100.
 PAPER = {
     "model": "resnet18",
     "dataset": "cifar10",
@@ -138,14 +138,6 @@ def perturbed(student: nn.Module, p: float, noise_at: str = "operand"):
     count as inputs [choice].
     """
 
-    def after(quantizer, inputs, x_hat):
-        step_size, _ = quantizer.grid(x_hat)  # shaped to broadcast against x_hat
-        return stochastic_feature_perturbation(x_hat, step_size, p)  # Eq. 16
-
-    def before(quantizer, inputs):
-        step_size, _ = quantizer.grid(inputs[0])
-        return stochastic_feature_perturbation(inputs[0], step_size, p)
-
     kind = "weight_quantizer" if noise_at == "weight" else "input_quantizer"
     sites = [getattr(layer, kind, None) for layer in feature_layers(student)]
     if noise_at != "weight":
@@ -154,6 +146,15 @@ def perturbed(student: nn.Module, p: float, noise_at: str = "operand"):
                 sites += [module.a_quantizer, module.b_quantizer]
     # What was left in full precision has no quantizer, and gets no noise.
     sites = [site for site in sites if isinstance(site, common.Quantizer)]
+
+    def after(quantizer, inputs, x_hat):  # what was quantized: an input, as in Eq. 16, or a weight
+        step_size, _ = quantizer.grid(x_hat)  # shaped to broadcast against x_hat
+        return stochastic_feature_perturbation(x_hat, step_size, p)
+
+    def before(quantizer, inputs):
+        step_size, _ = quantizer.grid(inputs[0])
+        return stochastic_feature_perturbation(inputs[0], step_size, p)
+
     if noise_at == "input":
         return hooked(sites, before=before)
     return hooked(sites, after=after)

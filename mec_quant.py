@@ -11,11 +11,11 @@ We had only the abstract and summaries, which name the coding length and the exp
 that of Ma et al. 2007, its Taylor series that of Liu et al. 2022 (MEC). The rest is ours, marked
 [choice]: what the features are, and how the experts share the images. We code directions: features
 minus their mean over the batch, scaled to norm 1. So no tail is left for experts to handle. Ours do
-something else: each measures how far the directions spread among images whose features had a
-similar norm, and training increases this spread. The method `mec` has no experts, and `random` has
-random ones. Whether the authors' experts work like this, we do not know. The formula of the mixture
-is that of Yu et al. 2020 (maximal coding rate reduction), who make it small within given classes;
-we make it large.
+something else. An expert has no weights: it is a soft group of images whose features had a similar
+norm. Its term is the coding length of their directions, so that training spreads the directions
+within each group. The method `mec` has no experts, and `random` has random ones. Whether the
+authors' experts work like this, we do not know. The formula of the mixture is that of Yu et al.
+2020 (maximal coding rate reduction), who make it small within given classes; we make it large.
 
     symbol                                                                             from
     Z: m x d              normalized_rows(features): m images, d features              [choice]
@@ -52,8 +52,8 @@ FPQ_SETTINGS = {
     "weight_decay": 5e-4,
 }
 GUESSES = {
-    # Guessed from the accuracy of FPQ's paper in full precision on CIFAR-10; on CIFAR-100 it fits
-    # --stem cifar.
+    # A guess: the accuracy in full precision that FPQ's paper reports fits this stem on CIFAR-10,
+    # and --stem cifar on CIFAR-100
     "stem": "imagenet",
     "fp_epochs": 200,
     "fp_lr": 0.1,
@@ -130,10 +130,10 @@ def coding_length(
 
         L = mu log det(I + lambda Z1^T Z2),   mu = (m + d) / 2,   lambda = 1 / (m eps_d^2)
 
-    The code may make the squared error eps_d^2 = eps2 per feature. log det / 2 is the length for
-    one row: the logarithm of how many balls of squared radius d eps_d^2 fill the volume that the
-    features take. The code holds the m rows, and also the d principal directions, which a decoder
-    needs. A direction costs as much as a row: hence m + d (Ma).
+    The code may make the squared error eps_d^2 = eps2 per feature. Half of log det is the length
+    for one row: the logarithm of how many balls of squared radius d eps_d^2 fill the volume that
+    the features take. The code holds the m rows, and also the d principal directions, which a
+    decoder needs. A direction costs as much as a row: hence m + d (Ma).
 
     The squared error of a row is then d eps_d^2, by default d / 32. For d > 32 it exceeds the
     squared norm of the row, 1. So read L as a smooth measure of spread, not as the length of a
@@ -141,22 +141,22 @@ def coding_length(
 
     As det(I + AB) = det(I + BA), we take the smaller one of a d x d and an m x m matrix.
 
-    As in Liu et al., there can be a second branch, z2, and a series in place of the exact value, up
-    to an even `order`. No code here passes them; the method `branch` has its second branch in
-    `moe_coding_length`. An odd order raises ValueError: such a series is convex in a large
-    eigenvalue (order 3: above 1/2), so maximising it would put all energy in one direction. A
-    series that diverges raises it, too.
+    z2 and `order` complete the form of Liu et al.: a second branch, and a series up to an even
+    order in place of the exact value. Nothing in this file uses them here. An odd order raises
+    ValueError: such a series is convex in a large eigenvalue (order 3: above 1/2), so maximising it
+    would put all energy in one direction. A series that diverges raises it, too.
     """
     m, d = z1.shape
     z2 = z1 if z2 is None else z2
+    mu = (m + d) / 2
     c = (z1.T @ z2 if d < m else z1 @ z2.T) / (m * eps2)
     if order is None:
-        return (m + d) / 2 * exact_logdet(c, symmetric=(z2 is z1))
+        return mu * exact_logdet(c, symmetric=(z2 is z1))
     if order < 2 or order % 2:
         raise ValueError(f"order should be even and positive, not {order}")
     if torch.linalg.matrix_norm(c, 2) >= 1:
         raise ValueError("the series diverges: give a larger eps2, or no order")
-    return (m + d) / 2 * series_logdet(c, order)
+    return mu * series_logdet(c, order)
 
 
 def moe_coding_length(z: Tensor, gates: Tensor, *, eps2: float, z2: Tensor | None = None) -> Tensor:
@@ -168,9 +168,9 @@ def moe_coding_length(z: Tensor, gates: Tensor, *, eps2: float, z2: Tensor | Non
     gates: pi, m x K, rows sum to 1. The K matrices are d x d or m x m. With one expert it is L(Z).
     With more, and one branch, it is a lower bound of L(Z), because log det is concave.
 
-    We weight expert k by n_k / m, as Yu et al. do [choice]. Separate codes would have the factors
-    (n_k + d) / 2, which sum to (m + K d) / 2, and the bound need not hold. We also leave out the
-    bits that name an image's expert [choice].
+    We weight expert k by n_k / m, as Yu et al. do [choice]. With separate codes, of factors (n_k +
+    d) / 2, L_moe could exceed L(Z). We also leave out the bits that name an image's expert
+    [choice].
     """
     m, d = z.shape
     n = gates.sum(0).clamp_min(common.TINY)
@@ -188,10 +188,10 @@ def scale_gates(magnitudes: Tensor, experts: int) -> Tensor:
     """pi, m x K: how much of each image belongs to each expert, by its magnitude [choice].
 
     magnitudes: m, the norms of the images' features before `normalized_rows`. A long tail is a
-    mixture of scales, so an expert stands for a scale. Expert k has a Gaussian over log-magnitudes.
-    Its mean is their (k + 1/2) / K quantile in the batch. Its width is their standard deviation in
-    the batch, divided by K. pi_jk is Gaussian k at image j, divided by the sum of all K. No
-    gradient flows.
+    mixture of scales, so we group images by scale. Expert k has a Gaussian over log-magnitudes. Its
+    mean is their (k + 1/2) / K quantile in the batch. Its width is their standard deviation in the
+    batch, divided by K. pi_jk is Gaussian k at image j, divided by the sum of all K. No gradient
+    flows.
     """
     log_magnitudes = magnitudes.detach().clamp_min(common.TINY).log()
     numbers = torch.arange(experts, device=magnitudes.device, dtype=magnitudes.dtype)
@@ -270,7 +270,10 @@ def mec_quant(student, teacher, images, labels, args):
 
 
 def branch(student, teacher, images, labels, args):
-    """A variant with two branches: the student's features and those of full precision, Z2."""
+    """A variant with two branches: the student's features and those of full precision, Z2.
+
+    In Liu et al. the second branch has another view of the images.
+    """
     with torch.no_grad(), penultimate(teacher) as features:
         teacher(images)
     other = normalized_rows(features[0])

@@ -189,10 +189,10 @@ def test_only_auto_does_without_cifar(monkeypatch, capsys, tmp_path):
 def folder(tmp_path) -> Path:
     """A folder "photos" of two classes, with one grey image each."""
     for part, name in itertools.product(("train", "test"), "ab"):
-        place = tmp_path / "photos" / part / name
+        place = tmp_path / ".hidden/photos" / part / name
         place.mkdir(parents=True)
-        Image.new("L", (40, 20), 99).save(place / "0.png")
-    return tmp_path / "photos"
+        Image.new("L", (40, 20), 99 if part == "train" else 50).save(place / "0.png")
+    return tmp_path / ".hidden/photos"
 
 
 def test_a_folder_is_read_without_what_is_no_image(folder, capsys):
@@ -206,7 +206,8 @@ def test_a_folder_is_read_without_what_is_no_image(folder, capsys):
     assert "2 of 6 files are skipped: no images, or hidden\n" in out
     assert data.name == "folder photos"
     assert data.class_names == ["a", "b"]
-    assert (data.test_images == 99).all()
+    assert (data.train_padded[:, 2:-2, 2:-2] == 99).all()
+    assert (data.test_images == 50).all()
 
 
 def test_an_image_is_turned_as_its_exif_data_say(tmp_path):
