@@ -340,8 +340,9 @@ def test_one_bad_value_per_flag_is_one_line_and_writes_nothing(script, run, imag
     lambda root: (root / "train/d").mkdir(),
     lambda root: shutil.rmtree(root / "test/c"),
     lambda root: [shutil.rmtree(p) for p in root.glob("*/[bc]")],
+    lambda root: [shutil.rmtree(p) for p in root.glob("*/*")],
     lambda root: [shutil.rmtree(root / "train"), (root / "train").write_text("")],
-], ids="16bit truncated empty missing one file".split())
+], ids="16bit truncated empty missing one none file".split())
 def test_bad_folders_are_one_line(spoil, images, run, tmp_path):
     folder = shutil.copytree(images, tmp_path / "images")
     spoil(folder)
