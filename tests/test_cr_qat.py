@@ -140,6 +140,21 @@ def test_a_quarter_of_each_batch_is_labelled(size, steps):
 
 
 @pytest.mark.usefixtures("tiny_networks")
+def test_the_schedule_knows_how_many_steps_an_epoch_of_labels_has(monkeypatch, run, tiny_networks):
+    """20 labels, 8 of them in a batch of 32: two steps."""
+    seen = []
+    cosine = common.cosine
+
+    def watched(step, total, **options):
+        if not options:  # with a warm-up it is full precision
+            seen.append((step, total))
+        return cosine(step, total, **options)
+
+    monkeypatch.setattr(common, "cosine", watched)
+    run("cr_qat", SHAPES, "--method cr --labels 20")
+    assert seen == [(0, 2), (1, 2)]
+
+
 def test_hidden_labels_are_never_used(monkeypatch, run, tiny_data, tmp_path):
     """Wrong ones change nothing, from full precision to figures and results."""
     hidden = cr_qat.hide_labels(tiny_data, 20, seed=0).train_labels < 0
