@@ -576,6 +576,14 @@ def hashed(*key) -> int:
     return int(digest[:8], 16)
 
 
+def checksum(tensors) -> int:
+    """A number of 32 bits that differs if a value in one of `tensors` does."""
+    crc = 0
+    for tensor in tensors:
+        crc = zlib.crc32(tensor.detach().cpu().contiguous().numpy(), crc)
+    return crc
+
+
 @dataclass
 class Data:
     """A data set, whole on one device. Images are uint8, N x 32 x 32 x 3; labels are int64, N.
@@ -637,8 +645,9 @@ class Data:
         shift = torch.randint(-self.pad, self.pad + 1, (2, n, 1, 1), generator=draws)
         flip = torch.randint(2, (n, 1, 1), generator=draws)
         shift = shift * ("crop" in augment) + self.pad
-        row, column = shift.to(index.device, non_blocking=True)  # N x 1 x 1 each
-        flip = (flip * ("flip" in augment)).to(index.device, non_blocking=True)
+        # A copy to CUDA need not be waited for
+        row, column = shift.to(index.device, non_blocking=index.is_cuda)  # N x 1 x 1 each
+        flip = (flip * ("flip" in augment)).to(index.device, non_blocking=index.is_cuda)
         line = torch.arange(32, device=index.device)
         rows = row + line[:, None]  # N x 32 x 1
         columns = column + torch.where(flip > 0, 31 - line, line)  # N x 1 x 32
@@ -684,9 +693,6 @@ def make_data(args: argparse.Namespace, images: tuple, seed: int) -> Data:
     if args.dry_run:  # 64 to 127 images, evenly spaced as they may be sorted by class
         tensors = [tensor[:: max(1, len(tensor) // 64)] for tensor in tensors]
     x, y, test_x, test_y = tensors
-    fingerprint = 0
-    for tensor in tensors:
-        fingerprint = zlib.crc32(tensor.contiguous().numpy(), fingerprint)
     pixels = x[:: 1 + len(x) // 10_000].flatten(0, 2)
     pixels = pixels.float().div(255)
     pad = args.pad
@@ -702,7 +708,7 @@ def make_data(args: argparse.Namespace, images: tuple, seed: int) -> Data:
         std=pixels.std(0).clamp_min(1e-3).to(args.device),
         pad=pad,
         split="val" if args.val else "test",
-        fingerprint=fingerprint,
+        fingerprint=checksum(tensors),
     )
 
 
@@ -1009,7 +1015,7 @@ def base_parser(description: str, methods: list[str], default: list[str]) -> Par
          help="take the published settings as defaults, and our guesses where there are none")
     flag("--resume", action="store_true", help="continue where the same command was stopped")
     flag("--dry-run", action="store_true", help="one epoch of about 64 images, in OUT/dry-run")
-    flag("--device", default="auto", help="cpu, cuda, cuda:1, mps, ... (default: what is there)")
+    flag("--device", default="auto", help="cpu, cuda, cuda:1, mps, ... (default: cuda, else cpu)")
     flag("--out", type=Path, default=Path("runs"),
          help="folder for checkpoints and results.jsonl (default: runs)")
     flag("--seed", type=number(int, 0, 2**31), nargs="+", default=[0],
@@ -1086,8 +1092,9 @@ def parse(parser: Parser, methods: list[str], recipe: dict) -> argparse.Namespac
     args.script = parser.prog
     args.command = shlex.join(["python", parser.prog, *sys.argv[1:]])
     if args.device == "auto":
-        args.device = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
+        args.device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.backends.cudnn.allow_tf32 = False  # else a GPU's digits are far from a CPU's
+    torch.backends.cudnn.deterministic = True  # so that --resume repeats them
     try:
         torch.zeros(1, device=args.device).item()
     except (RuntimeError, AssertionError, ImportError) as error:
@@ -1100,7 +1107,8 @@ def parse(parser: Parser, methods: list[str], recipe: dict) -> argparse.Namespac
         args.fp_epochs = args.epochs = 1
         args.batch_size = min(args.batch_size, 32)
     args.out.mkdir(parents=True, exist_ok=True)
-    open(args.out / "results.jsonl", "a").close()  # an --out that cannot be written shows here
+    with lock(args.out / "results.jsonl"):  # an --out that cannot be written or locked shows here
+        pass
     return args
 
 
@@ -1232,13 +1240,13 @@ class Checkpoint:
     """One training run in one file, written whole after each epoch.
 
     `parts` are all that training changes, "model" and "optimizer" at least. `settings` are method,
-    seed, a checksum of the data, and all flags but those in NOT_SETTINGS. For full precision, which
-    is shared, only the flags in FP_FLAGS count. The file's name ends in a hash of the settings, so
-    that runs of other settings have other files. Code is not among them: after a change of code,
-    delete old files.
+    seed, checksums of the data and of the network `start` that training starts from, if there is
+    one, and all flags but those in NOT_SETTINGS. For full precision, which is shared, only the
+    flags in FP_FLAGS count. The file's name ends in a hash of the settings, so that runs of other
+    settings have other files. Code is not among them: after a change of code, delete old files.
     """
 
-    def __init__(self, args, data, method, seed, epochs, shared=False, **parts):
+    def __init__(self, args, data, method, seed, epochs, start=None, shared=False, **parts):
         self.args = args
         self.data = data
         self.method = method
@@ -1249,6 +1257,8 @@ class Checkpoint:
         self.results = {}
         flags = FP_FLAGS if shared else sorted(vars(args).keys() - set(NOT_SETTINGS))
         self.settings = {"method": method, "seed": seed, "data": data.fingerprint}
+        if start is not None:
+            self.settings["start"] = checksum(start.state_dict().values())
         self.settings |= {flag: getattr(args, flag) for flag in flags}
         self.name = f"{method}-{args.model}-{data.name.replace(' ', '-')}-s{seed}"
         self.path = args.out / f"{self.name}-{hashed(self.settings):08x}.pt"
@@ -1256,10 +1266,11 @@ class Checkpoint:
     def load(self) -> int:
         """Restore all parts from the file; return the number of epochs done, or 0.
 
-        A finished run is always restored, an unfinished one with --resume or if it is shared.
+        A finished run is always restored, an unfinished one with --resume or if it is shared. A dry
+        run, which tries the code, is restored with --resume alone.
         Raises UsageError for a damaged file, or a renamed one, which has other settings.
         """
-        if not self.path.exists():
+        if not self.path.exists() or (self.args.dry_run and not self.args.resume):
             return 0
         state = read_checkpoint(self.path)
         for flag in self.settings | state["settings"]:
@@ -1300,7 +1311,7 @@ class Checkpoint:
 
 def write_whole(path: Path, content: io.BytesIO) -> None:
     """Write or replace a file at once: whenever the process is killed, it is the old or the new."""
-    part = path.with_suffix(f".{os.getpid()}.part")
+    part = path.with_suffix(f".{os.urandom(4).hex()}.part")  # no other process has this name
     try:
         part.write_bytes(content.getbuffer())
         os.replace(part, path)
@@ -1327,6 +1338,8 @@ def read_checkpoint(path: Path) -> dict:
 def end_epoch(checkpoint: Checkpoint, progress: Progress, **notes) -> None:
     """Evaluate, append the epoch's row and `notes` to the history, save, print the row.
 
+    Batch norm's running statistics are those of training, under noise if the method has some. So
+    compare methods by the result of `finish`, not by the history.
     Raises FloatingPointError, which ends the script, if a loss is not finite.
     """
     args = checkpoint.args
@@ -1385,6 +1398,11 @@ def finish(
             "seconds_per_epoch": float(np.mean([row["seconds"] for row in checkpoint.history])),
             "history": checkpoint.history,
             "run": checkpoint.path.stem,
+            # What the last digits depend on
+            "torch": str(torch.__version__),  # by itself a class of its own
+            "threads": torch.get_num_threads(),
+            "processor": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
+            "device": args.device,
             **entries,
         }
         checkpoint.save()
@@ -1395,18 +1413,8 @@ def finish(
 
 
 def record(args: argparse.Namespace, row: dict) -> None:
-    """Append a line to OUT/results.jsonl: `row`, and the software and hardware that it depends on.
-
-    It is left out if there is one already whose run, method, bits and loss are the same.
-    """
+    """Append `row` to OUT/results.jsonl, unless its run, method, bits and loss are there already."""
     key = f"{row['run']} {row['method']} W{row['wbits']}A{row['abits']} {row['loss']:.6g}"
-    processor = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
-    row = row | {
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
-        "processor": processor,
-        "device": args.device,
-    }
     line = json.dumps(row | {"key": key}) + "\n"  # the key comes last
     ending = json.dumps(key) + "}\n"
     path = args.out / "results.jsonl"

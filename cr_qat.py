@@ -7,8 +7,9 @@ view. A quantized teacher, the moving average of the student, predicts from the 
 student is drawn to that prediction. This needs no label, so unlabelled images can take part.
 
 We had only the abstract and other people's summaries. They mention the views, an averaged teacher
-and a divergence. The rest is rebuilt on the mean teacher (Tarvainen & Valpola 2017), the ancestor;
-our own decisions, among them all constants, are marked [choice].
+and a divergence. The abstract of version 1 asks for consistency of latent features instead. The
+rest is rebuilt on the mean teacher (Tarvainen & Valpola 2017), the ancestor; our own decisions,
+among them all constants, are marked [choice].
 
     symbol                   here                                               from
     two views                data.batches(), then distort                       summaries
@@ -155,7 +156,8 @@ def distort(images: Tensor, name: str) -> Tensor:
 def baseline(student, average, network, views, labels, ramp, args):
     """QAT with the quantizer and nothing else. It has one view, and labelled images only.
 
-    With --labels these come first in a batch; see `mixed_order`.
+    With --labels these come first in a batch; see `mixed_order`. Its batch norm sees them alone. A
+    baseline that sees whole batches is `cr` with --lambda-max 0.
     """
     count = int(len(labels) * LABELLED_SHARE) if args.labels else len(labels)
     return F.cross_entropy(student(views[0][:count]), labels[:count])
@@ -186,7 +188,10 @@ def consistent(
 
 
 def pi(student, average, network, views, labels, ramp, args):
-    """A control after the Pi-model (Laine & Aila 2017): the student is its own teacher."""
+    """A control after the Pi-model (Laine & Aila 2017): the student is its own teacher.
+
+    There the loss is a squared error with gradients of both passes; here it is that of `cr`.
+    """
     return consistent(student, student, views, labels, ramp, args)
 
 
@@ -219,7 +224,7 @@ def hide_labels(data: Data, count: int, seed: int) -> Data:
     """
     numbers = torch.arange(len(data.train_labels))
     # In place of images we give their numbers, and get those that were picked
-    keep = common.pick_balanced(numbers, data.train_labels.cpu(), count, seed, "--labels")[0]
+    keep, *_ = common.pick_balanced(numbers, data.train_labels.cpu(), count, seed, "--labels")
     keep = keep.to(data.train_labels.device)
     labels = torch.full_like(data.train_labels, -100)
     labels[keep] = data.train_labels[keep]
@@ -289,9 +294,8 @@ def train(
     average = copy.deepcopy(student)
     optimizer = common.sgd(student, args.lr, args.weight_decay)
     name = name or method
-    checkpoint = Checkpoint(
-        args, labelled, name, seed, args.epochs, model=student, optimizer=optimizer, average=average
-    )
+    parts = {"model": student, "optimizer": optimizer, "average": average}
+    checkpoint = Checkpoint(args, labelled, name, seed, args.epochs, network, **parts)
     # With --labels, as many steps as `mixed_order` makes
     per_batch = int(args.batch_size * LABELLED_SHARE) if args.labels else args.batch_size
     steps = labelled.steps(per_batch)
@@ -320,7 +324,7 @@ def train(
         # With --diagnose, the epoch's figures
         notes = {}
         if args.diagnose:
-            notes = figures_of_epoch(args, data, method, checkpoint.parts, network)
+            notes = figures_of_epoch(args, data, method, parts, network)
         # Evaluation on some test images, checkpoint, a printed row
         common.end_epoch(checkpoint, progress, **notes)
     # New statistics for batch norm, evaluation on all test images, a line of results.jsonl

@@ -114,9 +114,9 @@ def csd_loss(student_feats: list[Tensor], teacher_feats: list[Tensor]) -> Tensor
         L_CSD = mean over layers, and over all elements, of (z~_student - z~_teacher)^2
 
     Both lists hold the outputs, N x C x ..., of the same layers. We take means where the paper has
-    sums [choice], because a sum grows with batch, image and depth, and drowns the cross-entropy.
-    For one channel the mean is 2 (1 - r), where r is the correlation of student and teacher: both
-    have variance 1.
+    sums [choice], because a sum grows with batch, image and depth. We expect that it would drown
+    the cross-entropy. For one channel the mean is 2 (1 - r), where r is the correlation of student
+    and teacher: both have variance 1.
     """
     distances = []
     for student, teacher in zip(student_feats, teacher_feats, strict=True):
@@ -216,8 +216,10 @@ def csd(student, teacher, images, labels, args):
 def fpq(student, teacher, images, labels, args):
     """FPQ, Eq. 22: the loss of `csd`, with the student perturbed.
 
-    The paper's sum has no weight. Our mean is much smaller, so it has one, --csd-weight; its
-    default was the best on held-out images [choice].
+    The paper's sum has no weight. Our mean is much smaller, so it has one, --csd-weight [choice].
+    Its default had the best mean accuracy on held-out images, for `csd` on 5,000 training images
+    with and without augmentation. The gradient of the term is then about eight times that of the
+    cross-entropy.
     """
     with perturbed(student, args.p, args.noise_at):  # Eq. 14, 16
         return csd(student, teacher, images, labels, args)  # Eq. 22
@@ -228,7 +230,8 @@ def kd(student, teacher, images, labels, args):
 
         L = L_CE + weight T^2 KL(teacher || student)
 
-    The divergence KL is that of the predictions softmax(logits / T).
+    The divergence KL is that of the predictions softmax(logits / T). The paper does not give the
+    weight, T or the form [choice].
     """
     logits = student(images)
     with torch.no_grad():
@@ -265,7 +268,7 @@ def train(
     calibrate(student, data.sample(100)[0])  # Eq. 4-5
     optimizer = common.sgd(student, args.lr, args.weight_decay)
     checkpoint = Checkpoint(
-        args, data, method, seed, args.epochs, model=student, optimizer=optimizer
+        args, data, method, seed, args.epochs, network, model=student, optimizer=optimizer
     )
     steps = data.steps(args.batch_size)
     done = checkpoint.load()  # how many epochs its file has done; 0 to start anew

@@ -4,18 +4,19 @@ Extremely Low Bit Quantization-Aware Training", arXiv 2509.15514.
 The idea. With few bits a network represents its inputs in a biased way. MEC-Quant keeps the
 features rich while the network learns the labels: it maximises their entropy, measured by the
 length of a lossy code for them. The loss is the cross-entropy minus beta times this length, divided
-by the longest possible. Features have a long tail: those of a few images are far larger than most.
-A mixture of experts is to handle it.
+by the longest possible. The abstract says that weights or activations have a long tail, which a
+mixture of experts handles, fast.
 
 We had only the abstract and summaries, which name the coding length and the experts. The length is
 that of Ma et al. 2007, its Taylor series that of Liu et al. 2022 (MEC). The rest is ours, marked
 [choice]: what the features are, and how the experts share the images. We code directions: features
-minus their mean over the batch, scaled to norm 1. So no tail is left for experts to handle. Ours do
-something else. An expert has no weights: it is a soft group of images whose features had a similar
-norm. Its term is the coding length of their directions, so that training spreads the directions
-within each group. The method `mec` has no experts, and `random` has random ones. Whether the
-authors' experts work like this, we do not know. The formula of the mixture is that of Yu et al.
-2020 (maximal coding rate reduction), who make it small within given classes; we make it large.
+minus their mean over the batch, scaled to norm 1. Their norms have a long tail, but then it is
+gone, and no tail is left for experts to handle. Ours do something else. An expert has no weights:
+it is a soft group of images whose features had a similar norm. Its term is the coding length of
+their directions, so that training spreads the directions within each group. The method `mec` has no
+experts, and `random` has random ones. Whether the authors' experts work like this, we do not know.
+The formula of the mixture is that of Yu et al. 2020 (maximal coding rate reduction), who make it
+small within given classes; we make it large.
 
     symbol                                                                             from
     Z: m x d              normalized_rows(features): m images, d features              [choice]
@@ -309,7 +310,7 @@ def train(
     calibrate(student, data.sample(100)[0])
     optimizer = common.sgd(student, args.lr, args.weight_decay)
     checkpoint = Checkpoint(
-        args, data, method, seed, args.epochs, model=student, optimizer=optimizer
+        args, data, method, seed, args.epochs, network, model=student, optimizer=optimizer
     )
     steps = data.steps(args.batch_size)
     done = checkpoint.load()  # how many epochs its file has done; 0 to start anew

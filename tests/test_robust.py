@@ -212,7 +212,8 @@ def test_damaged_checkpoints_are_refused_and_run_no_code(run, images, tmp_path, 
         del state["optimizer"]
         for damaged in [b"", whole[:5000], flipped, as_file(state), as_file({}), as_file(Trap())]:
             file.write_bytes(damaged)
-            assert_one_line(run("fpq", SHORT, images, DRY), f"{file} is damaged (")
+            result = run("fpq", SHORT, images, DRY, "--resume")
+            assert_one_line(result, f"{file} is damaged (")
             assert file.read_bytes() == damaged
         with pytest.raises(common.UsageError, match="is damaged"):
             common.load(file)
@@ -226,7 +227,20 @@ def test_a_checkpoint_of_other_settings_is_refused_by_the_flag(run, images, tmp_
     state = torch.load(file)
     state["settings"]["pad"] = 3
     file.write_bytes(as_file(state))
-    assert_one_line(run("fpq", SHORT, images, DRY), f"{file} has pad 3, not 2; delete it")
+    result = run("fpq", SHORT, images, DRY, "--resume")
+    assert_one_line(result, f"{file} has pad 3, not 2; delete it")
+
+
+@pytest.mark.usefixtures("tiny_networks")
+@pytest.mark.parametrize("script", ["fpq", "cr_qat", "mec_quant"])
+def test_a_run_from_another_full_precision_has_another_file(script, run, images, tmp_path):
+    run(script, SHORT, images, DRY)
+    file = next(tmp_path.rglob("fp-*.pt"))
+    state = torch.load(file)
+    state["model"]["5.bias"] += 1
+    file.write_bytes(as_file(state))
+    assert "epoch 1/1" in run(script, SHORT, images, DRY, "--resume").out
+    assert len([*tmp_path.rglob("baseline-*.pt")]) == 2
 
 
 def row(name: str, **entries) -> dict:
