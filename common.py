@@ -1413,7 +1413,7 @@ def finish(
 
 
 def record(args: argparse.Namespace, row: dict) -> None:
-    """Append `row` to OUT/results.jsonl, unless its run, method, bits and loss are there already."""
+    """Append `row` to OUT/results.jsonl, unless its run, method, bits and loss are there."""
     key = f"{row['run']} {row['method']} W{row['wbits']}A{row['abits']} {row['loss']:.6g}"
     line = json.dumps(row | {"key": key}) + "\n"  # the key comes last
     ending = json.dumps(key) + "}\n"

@@ -390,8 +390,9 @@ def report(data: Path = DATA) -> dict[str, str]:
             "## Study",
             "Full precision is what training under quantization starts from: it has none of those "
             "further epochs. Published gains are from the papers' own settings, which differ from "
-            "ours in network, images and epochs. Those of FPQ and KD are of ResNet-18 or MobileNetV2 "
-            "on CIFAR-10; that of DNQ is of ResNet-18 on CIFAR-100, after a stronger quantization.",
+            "ours in network, images and epochs. Those of FPQ and KD are of ResNet-18 or "
+            "MobileNetV2 on CIFAR-10; that of DNQ is of ResNet-18 on CIFAR-100, after a stronger "
+            "quantization.",
             *[study_table(found, table) for table in PLAN["study"]],
             "## Tuning",
             "Mean accuracy on held-out training images, once both seeds have run. The value with "
@@ -401,8 +402,8 @@ def report(data: Path = DATA) -> dict[str, str]:
             "the tables of all images have run. Values of round 1 are from earlier code.",
             *[tuning_table(tuned, table) for table in PLAN["tuning"]],
             "## First round",
-            "Three seeds of earlier code, for what the study does not repeat. The weights are those of "
-            "the time, as tests/data/study.jsonl has them: CSD's and CR's are 1, for instance.",
+            "Three seeds of earlier code, for what the study does not repeat. The weights are those "
+            "of the time, which `data/study.jsonl` has: for ResNet-18, CSD 1, lambda 1, beta 1.",
             *[study_table(found, table) for table in PLAN["first round"]]]
     return files | {"RESULTS.md": "\n\n".join(page) + "\n"}
 
