@@ -402,8 +402,8 @@ def report(data: Path = DATA) -> dict[str, str]:
             "the tables of all images have run. Values of round 1 are from earlier code.",
             *[tuning_table(tuned, table) for table in PLAN["tuning"]],
             "## First round",
-            "Three seeds of earlier code, for what the study does not repeat. The weights are those "
-            "of the time, which `data/study.jsonl` has: for ResNet-18, CSD 1, lambda 1, beta 1.",
+            "Three seeds of earlier code, for what the study does not repeat. The weights are of "
+            "that time, as `data/study.jsonl` has them: for ResNet-18 CSD 1, lambda 1, beta 1.",
             *[study_table(found, table) for table in PLAN["first round"]]]
     return files | {"RESULTS.md": "\n\n".join(page) + "\n"}
 
