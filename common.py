@@ -65,7 +65,8 @@ def fake_quantize(
 ) -> Tensor:
     """Fake quantization (Eq. 3) with the gradients of LSQ (learned step size quantization, 2020).
 
-    x has any shape. step_size s > 0 and zero_point z, a whole number, broadcast against x.
+    x has any shape. step_size s > 0 and zero_point z, the integer that stands for 0, broadcast
+    against x.
 
         x_int = clip(round(x/s) + z, q_min, q_max)
         x_hat = (x_int - z) * s
@@ -88,7 +89,8 @@ def fake_quantize(
 class FakeQuantize(torch.autograd.Function):
     """Forward and backward of `fake_quantize`.
 
-    The backward pass consists of differentiable operations too, so that a Hessian can be taken.
+    The backward pass consists of differentiable operations too, so that a Hessian can be taken. In
+    it x_hat has these same gradients once more.
     """
 
     @staticmethod
@@ -190,13 +192,11 @@ class Quantizer(nn.Module):
         high = rows.amax(1).clamp_min(0)
         width = high - low
         widest = width.max() if width.max() > TINY else 1
-        # A channel of zeros has no width. We let it reach down to -widest: then it is one more
-        # channel without values above 0.
+        # A channel of zeros has no width: it gets the range from -widest to 0
         low = torch.where(width > TINY, low, -widest)
-        # If no value is above 0, z would be q_max, and an x of 0 would lie on the upper bound,
-        # where it gets no gradient. So we add one level above 0; a single bit has none to spare.
-        # At the lower bound nothing is lost: zeros there come from a ReLU, which passes no gradient
-        # at 0 either.
+        # 0 must not be the upper bound of the grid, where x gets no gradient. So a channel without
+        # values above 0 gets one level there; a single bit has none to spare. At the lower bound
+        # nothing is lost: zeros there come from a ReLU, which passes no gradient at 0 either.
         if self.bits > 1:
             high = torch.where(high > 0, high, -low / (self.qmax - 1))
         S = (high - low) / self.qmax  # Eq. 4
@@ -257,10 +257,9 @@ class PACT(Quantizer):
 
     n is the number of levels above 0: q_max - z, where z is 0 unless the data are signed.
 
-    We store s instead of alpha = n s. As dL/ds = n dL/dalpha and a step of s moves alpha n times as
-    far, alpha would move n^2 times too far. So we divide the gradient of s by n^2. alpha starts
-    where LSQ's grid ends. If the data are signed, we clip at -z * s as well, and values below that
-    move s too [choices].
+    We store s instead of alpha = n s. SGD moves s by lr dL/ds = lr n dL/dalpha, and so alpha by lr
+    n^2 dL/dalpha. Therefore we divide the gradient of s by n^2. alpha starts where LSQ's grid ends.
+    If the data are signed, we clip at -z * s as well, and values below that move s too [choices].
     """
 
     decays = True  # as in PACT's paper: weight decay keeps alpha, and so the rounding error, small
@@ -715,9 +714,8 @@ def make_data(args: argparse.Namespace, images: tuple, seed: int) -> Data:
 def pick_balanced(x: Tensor, y: Tensor, size: int, seed: int, flag: str) -> tuple:
     """`size` random images and labels, as class-balanced as the data allows; then the others.
 
-    Raises UsageError for a bad size, or if a class has no image left to train on. flag: the one
-    that asks for it, for this message. With "--val" the others are for training, else the first
-    lot.
+    Raises UsageError for a bad size, or if a class has no image left to train on. flag: for this
+    message, and because with "--val" the others are trained on, else the images that are picked.
     """
     classes = int(y.max()) + 1
     if not classes <= size < len(y):
@@ -1239,11 +1237,15 @@ NOT_SETTINGS = (
 class Checkpoint:
     """One training run in one file, written whole after each epoch.
 
-    `parts` are all that training changes, "model" and "optimizer" at least. `settings` are method,
-    seed, checksums of the data and of the network `start` that training starts from, if there is
-    one, and all flags but those in NOT_SETTINGS. For full precision, which is shared, only the
-    flags in FP_FLAGS count. The file's name ends in a hash of the settings, so that runs of other
-    settings have other files. Code is not among them: after a change of code, delete old files.
+    `parts` are all that training changes, "model" and "optimizer" at least. These are `settings`:
+
+    - Method and seed.
+    - A checksum of the data.
+    - A checksum of the network `start` that training starts from, if it is given.
+    - All flags but those in NOT_SETTINGS; for full precision, which is shared, those in FP_FLAGS.
+
+    The file's name ends in a hash of the settings, so that runs of other settings have other files.
+    Code is not among them: after a change of code, delete old files.
     """
 
     def __init__(self, args, data, method, seed, epochs, start=None, shared=False, **parts):
@@ -1415,7 +1417,8 @@ def finish(
 def record(args: argparse.Namespace, row: dict) -> None:
     """Append `row` to OUT/results.jsonl, unless its run, method, bits and loss are there."""
     key = f"{row['run']} {row['method']} W{row['wbits']}A{row['abits']} {row['loss']:.6g}"
-    line = json.dumps(row | {"key": key}) + "\n"  # the key comes last
+    # The key comes last, so the row is there already if some line ends in it
+    line = json.dumps(row | {"key": key}) + "\n"
     ending = json.dumps(key) + "}\n"
     path = args.out / "results.jsonl"
     with lock(path), open(path, "a+b", buffering=0) as file:
@@ -1455,7 +1458,8 @@ def full_precision(args: argparse.Namespace, data: Data, seed: int) -> tuple[nn.
             optimizer.step()
             progress.add(loss=loss)
         end_epoch(checkpoint, progress)
-    return model.eval(), finish(checkpoint, wbits=32, abits=32, quantizer=None)
+    row = finish(checkpoint, wbits=32, abits=32, quantizer=None)
+    return model.eval(), row
 
 
 def new_network(flags, data, seed, device):

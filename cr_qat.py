@@ -48,8 +48,8 @@ GUESSES = {
     "lambda_max": 1.0,
     "ema": 0.999,
     "ramp_epochs": 5.0,
-    # A guess: the accuracy in full precision that FPQ's paper reports fits this stem on CIFAR-10,
-    # and --stem cifar on CIFAR-100
+    # A guess. The accuracy of FPQ's paper in full precision is what we expect of this stem on
+    # CIFAR-10, and of --stem cifar on CIFAR-100.
     "stem": "imagenet",
     "fp_epochs": 200,
     "fp_lr": 0.1,
@@ -156,8 +156,8 @@ def distort(images: Tensor, name: str) -> Tensor:
 def baseline(student, average, network, views, labels, ramp, args):
     """QAT with the quantizer and nothing else. It has one view, and labelled images only.
 
-    With --labels these come first in a batch; see `mixed_order`. Its batch norm sees them alone. A
-    baseline that sees whole batches is `cr` with --lambda-max 0.
+    With --labels, labelled images come first in a batch (`mixed_order`). The student sees only them
+    here. A baseline that sees whole batches is `cr` with --lambda-max 0.
     """
     count = int(len(labels) * LABELLED_SHARE) if args.labels else len(labels)
     return F.cross_entropy(student(views[0][:count]), labels[:count])
@@ -251,7 +251,7 @@ def mixed_order(labels: Tensor, batch_size: int, draws: torch.Generator) -> Tens
     unknown = (labels < 0).nonzero().flatten()
     known = known[torch.randperm(len(known), generator=draws)]
     steps = max(1, len(known) // share)
-    if len(known) < share:  # too few for the only step: repeat them, then cut off what is too many
+    if len(known) < share:  # too few for one batch: repeat them, then cut off what is too many
         known = known.repeat(share)
     known = known[: steps * share]
     chosen = torch.randint(len(unknown), (steps, batch_size - share), generator=draws)
@@ -287,7 +287,7 @@ def train(
     Student and average start as quantized copies of `network`. name: what the results call the run;
     by default that is the method.
     """
-    # For calibration and, in `finish`, for batch norm's statistics: labelled images alone [choice]
+    # Labelled images alone calibrate and, by way of the checkpoint, renew batch norm [choice]
     labelled = labelled_images(data)
     student = quantize(network, args.wbits, args.abits, args.quantizer)
     calibrate(student, labelled.sample(100)[0])
@@ -321,10 +321,10 @@ def train(
             optimizer.step()
             ema_update(average, student, step, args.ema)
             progress.add(loss=loss)
-        # With --diagnose, the epoch's figures
+        # With --diagnose, measurements
         notes = {}
         if args.diagnose:
-            notes = figures_of_epoch(args, data, method, parts, network)
+            notes = measure_epoch(args, data, method, parts, network)
         # Evaluation on some test images, checkpoint, a printed row
         common.end_epoch(checkpoint, progress, **notes)
     # New statistics for batch norm, evaluation on all test images, a line of results.jsonl
@@ -344,7 +344,7 @@ def weight_bins(model: nn.Module) -> Tensor:
     return torch.cat(integers[1:-1])
 
 
-def figures_of_epoch(
+def measure_epoch(
     args: Namespace, data: Data, method: str, parts: dict, network: nn.Module
 ) -> dict:
     """The state after an epoch, and what one more step would change.

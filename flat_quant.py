@@ -16,7 +16,7 @@ same authors, which we cite as "authors". Our own decisions are marked [choice].
     dW, dx: errors          quantization_error(t, quantizer)                  quantizer: [choice]
     ||W dx||^2, ||dW x||^2  error_decomposition(layer, x): AQE, WQE           authors
     w + n_t in step t       DifferentialWeightNoise.add, .remove              authors
-    x + M n, M is 0 or 1    ActivationNoise: n is like dx, M ~ Bernoulli(P)   authors
+    x + M n, M is 0 or 1    ActivationNoise: n is like dx; P(M = 1) by --rho  authors
     lambda and its ramp     --noise-lambda, --ramp-epochs                     authors
     w + r g / |g|           common.sam_loss, r is --sam-rho                   Foret 2021
 
@@ -160,8 +160,8 @@ class DifferentialWeightNoise:
     """Gaussian noise like the weights' quantization error, by output channel.
 
     In step t the weights are w + n_t while gradient and step are taken; then n_t is removed. So w
-    itself takes an ordinary step, but with the gradient at w + n_t. Weight decay, which is left out
-    here, is also that of w + n_t.
+    itself takes an ordinary step, but with the gradient at w + n_t. The formula omits weight decay,
+    which is that of w + n_t as well.
 
         w_(t+1) = w_t - lr dL/dw(w_t + n_t),   n_t = lambda (mu + sigma e),   e ~ N(0, 1)
 

@@ -10,10 +10,10 @@ mixture of experts handles, fast.
 We had only the abstract and summaries, which name the coding length and the experts. The length is
 that of Ma et al. 2007, its Taylor series that of Liu et al. 2022 (MEC). The rest is ours, marked
 [choice]: what the features are, and how the experts share the images. We code directions: features
-minus their mean over the batch, scaled to norm 1. Their norms have a long tail, but then it is
-gone, and no tail is left for experts to handle. Ours do something else. An expert has no weights:
-it is a soft group of images whose features had a similar norm. Its term is the coding length of
-their directions, so that training spreads the directions within each group. The method `mec` has no
+minus their mean over the batch, scaled to norm 1. Their norms have a long tail, but scaling removes
+it. So our experts have no tail to handle; they do something else. An expert has no weights: it is a
+soft group of images whose features had a similar norm. Its term is the coding length of their
+directions, so that training spreads the directions within each group. The method `mec` has no
 experts, and `random` has random ones. Whether the authors' experts work like this, we do not know.
 The formula of the mixture is that of Yu et al. 2020 (maximal coding rate reduction), who make it
 small within given classes; we make it large.
@@ -53,8 +53,8 @@ FPQ_SETTINGS = {
     "weight_decay": 5e-4,
 }
 GUESSES = {
-    # A guess: the accuracy in full precision that FPQ's paper reports fits this stem on CIFAR-10,
-    # and --stem cifar on CIFAR-100
+    # A guess. The accuracy of FPQ's paper in full precision is what we expect of this stem on
+    # CIFAR-10, and of --stem cifar on CIFAR-100.
     "stem": "imagenet",
     "fp_epochs": 200,
     "fp_lr": 0.1,
@@ -143,9 +143,10 @@ def coding_length(
     As det(I + AB) = det(I + BA), we take the smaller one of a d x d and an m x m matrix.
 
     z2 and `order` complete the form of Liu et al.: a second branch, and a series up to an even
-    order in place of the exact value. Nothing in this file uses them here. An odd order raises
-    ValueError: such a series is convex in a large eigenvalue (order 3: above 1/2), so maximising it
-    would put all energy in one direction. A series that diverges raises it, too.
+    order in place of the exact value. No call here passes them: `branch` calls `moe_coding_length`,
+    and `series_errors` calls `series_logdet`. An odd order raises ValueError: such a series is
+    convex in a large eigenvalue (order 3: above 1/2), so maximising it would put all energy in one
+    direction. A series that diverges raises it, too.
     """
     m, d = z1.shape
     z2 = z1 if z2 is None else z2
@@ -188,11 +189,10 @@ def moe_coding_length(z: Tensor, gates: Tensor, *, eps2: float, z2: Tensor | Non
 def scale_gates(magnitudes: Tensor, experts: int) -> Tensor:
     """pi, m x K: how much of each image belongs to each expert, by its magnitude [choice].
 
-    magnitudes: m, the norms of the images' features before `normalized_rows`. A long tail is a
-    mixture of scales, so we group images by scale. Expert k has a Gaussian over log-magnitudes. Its
-    mean is their (k + 1/2) / K quantile in the batch. Its width is their standard deviation in the
-    batch, divided by K. pi_jk is Gaussian k at image j, divided by the sum of all K. No gradient
-    flows.
+    magnitudes: m, the norms of the images' features before `normalized_rows`. The long tail of the
+    abstract made us group images by scale. Expert k has a Gaussian over log-magnitudes. Its mean is
+    their (k + 1/2) / K quantile in the batch. Its width is their standard deviation in the batch,
+    divided by K. pi_jk is Gaussian k at image j, divided by the sum of all K. No gradient flows.
     """
     log_magnitudes = magnitudes.detach().clamp_min(common.TINY).log()
     numbers = torch.arange(experts, device=magnitudes.device, dtype=magnitudes.dtype)
@@ -332,8 +332,8 @@ def train(
             # Step: weights, batch norm's parameters, learned step sizes
             optimizer.step()
             progress.add(loss=loss)
-        # With --diagnose, the epoch's figures
-        notes = figures_of_epoch(args, data, method, student, teacher) if args.diagnose else {}
+        # With --diagnose, measurements
+        notes = measure_epoch(args, data, method, student, teacher) if args.diagnose else {}
         # Evaluation on some test images, checkpoint, a printed row
         common.end_epoch(checkpoint, progress, **notes)
     # New statistics for batch norm, evaluation on all test images, a line of results.jsonl
@@ -353,7 +353,7 @@ def features_of(model: nn.Module, data: Data) -> Tensor:
     return features[0]
 
 
-def figures_of_epoch(
+def measure_epoch(
     args: Namespace, data: Data, method: str, student: nn.Module, teacher: nn.Module
 ) -> dict:
     """ratio: |gradient of the added term| / |gradient of the cross-entropy|, of 256 images.

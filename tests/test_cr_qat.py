@@ -259,7 +259,7 @@ def test_figures_of_an_epoch_by_hand(parse, tiny_data):
     args.views = ["flip", "none"]
     draws = torch.Generator().manual_seed(0)
     batch = next(cr_qat.epoch_batches(args, data, "cr", draws))
-    found = cr_qat.figures_of_epoch(args, data, "cr", run, None)
+    found = cr_qat.measure_epoch(args, data, "cr", run, None)
     assert found["trace"] == common.sharpness(student, cr_qat.labelled_images(data))
     own = cr_qat.baseline(student, average, None, *batch, 1.0, args)
     loss = cr_qat.cr(student, average, None, *batch, 1.0, args)

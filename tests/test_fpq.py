@@ -206,7 +206,7 @@ def test_figures_of_an_epoch_by_hand(parse, tiny_data):
         gradient.append(common.gradient_of(loss, weights))
     both, own = gradient
     ratio = (both - own).norm() / own.norm()
-    found = fpq.figures_of_epoch(args, tiny_data, "fpq", student, network)
+    found = fpq.measure_epoch(args, tiny_data, "fpq", student, network)
     assert found["gradient"] == pytest.approx(both.norm().item(), rel=1e-4)
     assert found["ratio"] == pytest.approx(ratio.item(), rel=1e-4)
     assert found["trace"] == common.sharpness(student, tiny_data)

@@ -146,7 +146,7 @@ def test_figures_of_an_epoch_by_hand(parse, tiny_data):
     batch = (student, network, images, labels, args)
     loss = mec_quant.mec(*batch)
     ratio = common.gradient_ratio(loss, mec_quant.baseline(*batch), student)
-    found = mec_quant.figures_of_epoch(args, tiny_data, "mec", student, network)
+    found = mec_quant.measure_epoch(args, tiny_data, "mec", student, network)
     assert found["ratio"] == pytest.approx(ratio, rel=1e-4)
     features = mec_quant.features_of(student, tiny_data)
     close(features, student.eval()[:-1](images).detach())
