@@ -1518,10 +1518,10 @@ def print_table(rows: list[dict], reference: str = "baseline", **figures: str) -
     row = rows[-1]  # not the first, as full precision has no quantizer
     print(
         f"\n{row['dataset']}, {row['train_size']} training images, {row['model']}, "
-        f"{row['quantizer']}, {row['augment']}; {row['split']} accuracy"
+        f"{row['quantizer']}, {row['augment']}; {row['split']} accuracy ± standard error"
     )
     headings = "".join(f"{title:<16}{'vs ' + reference:<16}" for title in figures.values())
-    print(f"{'method':<24}{'W/A':<7}{headings}seeds    (± standard error)")
+    print(f"{'method':<24}{'W/A':<7}{headings}seeds")
     groups = {}
     for row in rows:
         key = (row["method"], f"{row['wbits']}/{row['abits']}")

@@ -553,7 +553,7 @@ def test_the_table_pairs_seeds(capsys):
             "augment": "flip", "split": "val"})
     common.print_table(rows)
     _, title, _, *lines = capsys.readouterr().out.splitlines()
-    assert title == "d, 9 training images, m, pact, flip; val accuracy"
+    assert title == "d, 9 training images, m, pact, flip; val accuracy ± standard error"
     assert [re.sub("  +", " | ", line) for line in lines] == [
         "fp | 32/32 | 70.00 | 1",
         "baseline | 2/2 | 81.00 ± 1.00 | 2",
