@@ -345,7 +345,9 @@ def forest(found: dict) -> str:
     for title, group in groups.items():
         shapes += forest_group(title, group, y)
         y += 20 * len(group) + 44
-    title = "Points of accuracy, 95 % intervals. Each group has its own scale."
+    title = "Points of accuracy, 95 % intervals."
+    if len(groups) > 1:
+        title += " Each group has its own scale."
     return svg(title, y, shapes) if groups else ""
 
 
