@@ -341,35 +341,35 @@ def forest(found: dict) -> str:
               '<tspan class="orange">● loss</tspan>&#8195;'
               '<tspan class="faint">● cannot tell, or too few seeds</tspan>&#8195;'
               '<tspan class="ink">◇ published</tspan></text>']
-    y = 90
+    y = 96
     for title, group in groups.items():
         shapes += forest_group(title, group, y)
-        y += 20 * len(group) + 44
+        y += 25 * len(group) + 50
     title = "Points of accuracy, 95 % intervals."
     if len(groups) > 1:
         title += " Each group has its own scale."
-    return svg(title, y, shapes) if groups else ""
+    return svg(title, y, shapes, 16) if groups else ""
 
 
 def forest_group(title: str, group: list[Setting], y: int) -> list[str]:
-    """A heading with its own scale and a row per difference; zero is at x = 540."""
+    """A heading with its own scale and a row per difference; zero is at x = 570."""
     ends = [abs(end) for s in group for end in (*interval(s.differences), s.published or 0.01)]
     widest = round_up(max(ends))
-    scale = 190 / widest
+    scale = 160 / widest
     shapes = [f'<text class="ink" x="16" y="{y}">{title}</text>'
-              f'<path class="faint thin" d="M540 {y + 6}v{20 * len(group) + 6}"/>']
+              f'<path class="faint thin" d="M570 {y + 6}v{25 * len(group) + 8}"/>']
     for tick in (-widest, 0, widest):
-        shapes.append(f'<text class="faint middle" x="{540 + tick * scale:.0f}" y="{y}">'
+        shapes.append(f'<text class="faint middle" x="{570 + tick * scale:.0f}" y="{y}">'
                       f'{tick:g}</text>')
     for s in group:
-        y += 20
+        y += 25
         colour = {"gain": "blue", "loss": "orange"}.get(reading(s.differences), "faint")
-        low, high = [540 + end * scale for end in interval(s.differences)]
-        shapes.append(f'<text class="ink" x="32" y="{y + 4}">{s.name} - {s.against}</text>'
+        low, high = [570 + end * scale for end in interval(s.differences)]
+        shapes.append(f'<text class="ink" x="32" y="{y + 5}">{s.name} - {s.against}</text>'
                       f'<path class="{colour}" d="M{low:.1f} {y}H{high:.1f}"/>'
                       f'<circle class="{colour}" cx="{(low + high) / 2:.1f}" cy="{y}" r="4"/>')
         if s.published is not None:
-            x = 535 + s.published * scale
+            x = 565 + s.published * scale
             shapes.append(f'<path class="ink" d="M{x:.1f} {y}l5 -5l5 5l-5 5z"/>')
     return shapes
 
