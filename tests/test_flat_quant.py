@@ -271,3 +271,12 @@ def test_tables_as_a_user_reads_them(run, monkeypatch):
             "wrong-bits 2/2 10.00 +4.00 11.00 +4.00 1",
             "-5.00 7.00 8.00 9.00 sgd"):
         assert row.split() in lines
+
+
+@pytest.mark.usefixtures("tiny_networks")
+def test_averages_are_compared_with_averages(run):
+    tables = run("flat_quant", SHAPES, "--bits 4").out.split("\nmethod ")[1:]
+    for table, name in zip(tables, ["sgd", "sgd+swa"], strict=True):
+        heading, *rows = table.split("\n\n")[0].splitlines()
+        assert heading.split().count(name) == 2  # after "vs", for either figure
+        assert {row.split()[0] for row in rows} == {name, name.replace("sgd", "weight+activation")}
