@@ -198,12 +198,17 @@ def cell(sample: list[float], digits: int) -> str:
 def study_table(found: dict, table: dict) -> str:
     done = settings(found, table)
     compared = [s for s in done if s.against != s.name]
-    samples = [s.differences for s in compared if s.differences[1:]]
+    samples = {}
+    for s in compared:
+        if s.differences[1:]:
+            samples.setdefault(s.column, []).append(s.differences)
+    smallest = [f"{detectable(sample):.2f}" + f" ({column})" * (len(table["columns"]) > 1)
+                for column, sample in samples.items()]
     notes = f"Flags: `{table['flags']}`."
     if not table["reading"]:
         notes += " This table has no readings."
-    if samples:
-        notes += f" Smallest detectable difference: {detectable(samples):.2f} points."
+    if smallest:
+        notes += f" Smallest detectable difference, in points: {', '.join(smallest)}."
     notes += f" Of its {len(compared)} intervals {len(compared) / 20:.2g} would miss 0 by chance."
     lines = ["| setting | accuracy % | difference | loss difference | published | reading "
              "| seeds |\n|---|---|---|---|---|---|---|"]
@@ -330,16 +335,16 @@ def ptq(found: dict) -> str:
 
 
 def forest(found: dict) -> str:
-    """The differences of tables with readings, by table and column; "" without any."""
+    """The differences that have a reading, by table and column; "" without any."""
     groups = {}
     for table in PLAN["study"]:
         for s in settings(found, table):
-            if table["reading"] and s.differences[1:]:
+            if table["reading"] and s.differences[4:]:
                 title = f"{table['title']}: {s.column}".removesuffix(": accuracy %")
                 groups.setdefault(title, []).append(s)
     shapes = ['<text x="16" y="54"><tspan class="blue">● gain</tspan>&#8195;'
               '<tspan class="orange">● loss</tspan>&#8195;'
-              '<tspan class="faint">● cannot tell, or too few seeds</tspan>&#8195;'
+              '<tspan class="faint">● cannot tell</tspan>&#8195;'
               '<tspan class="ink">◇ published</tspan></text>']
     y = 96
     for title, group in groups.items():

@@ -130,12 +130,12 @@ def test_plan():
 
 
 def test_pictures(tmp_path):
-    """Of two seeds of each row."""
+    """Of five seeds of each row."""
     lines = []
     for table in study.PLAN["study"]:
         for column in table["columns"]:
             for row in table["rows"]:
-                for seed in table["seeds"][:2] if "command" in row else []:
+                for seed in table["seeds"][:5] if "command" in row else []:
                     lines.append(column | row | {
                         "command": study.command(table, row, column, seed),
                         "seed": seed,
