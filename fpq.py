@@ -60,8 +60,8 @@ def parse_args() -> Namespace:
     weight = common.number(float, 0, 1e6)
     flag("--p", type=common.number(float, 0, 1), default=0.1,
          help="Eq. 14: chance that a layer is perturbed in a step (default: 0.1)")
-    flag("--csd-weight", type=weight, default=100.0,
-         help="weight of the distillation L_CSD in the loss, Eq. 22 (default: 100)")
+    flag("--csd-weight", type=weight, default=0.1,
+         help="weight of the distillation L_CSD in the loss, Eq. 22 (default: 0.1)")
     flag("--noise-at", choices=["operand", "input", "weight"], default="operand",
          help="operand (default): noise on the quantized input; input: on the input before it is "
               "quantized; weight: on the quantized weight")
