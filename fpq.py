@@ -217,7 +217,7 @@ def fpq(student, teacher, images, labels, args):
     """FPQ, Eq. 22: the loss of `csd`, with the student perturbed.
 
     The paper's sum has no weight. Our mean is much smaller, so it has one, --csd-weight [choice].
-    The default was the best of 0.1, 1, 10 and 100 on held-out images (`csd`, all training images).
+    The default was the best of 0.1, 1, 10 and 100 on held-out images (`csd`, all other images).
     With 5,000 training images 100 was the best, by the mean of runs with and without augmentation.
     At 100 the gradient of the term is about eight times that of the cross-entropy.
     """
