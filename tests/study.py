@@ -35,6 +35,8 @@ TABLES = {table["tier"]: table for table in PLAN["study"]}
 sys.path.insert(0, str(ROOT))
 from common import FP_FLAGS  # noqa: E402
 
+FEWEST = 5  # seeds for a reading
+
 # Quantiles of Student's t for 1, 2, ... degrees of freedom
 T_975 = [12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622]
 T_80 = [1.3764, 1.0607, 0.9785, 0.9410, 0.9195, 0.9057, 0.8960, 0.8889, 0.8834]
@@ -165,7 +167,7 @@ def interval(sample: list[float]) -> tuple[float, float]:
 
 
 def reading(differences: list[float], published: float | None = None) -> str:
-    if len(differences) < 5:
+    if len(differences) < FEWEST:
         return "too few seeds" if differences else ""
     low, high = interval(differences)
     text = "gain" if low > 0 else "loss" if high < 0 else "cannot tell"
@@ -339,7 +341,7 @@ def forest(found: dict) -> str:
     groups = {}
     for table in PLAN["study"]:
         for s in settings(found, table):
-            if table["reading"] and s.differences[4:]:
+            if table["reading"] and len(s.differences) >= FEWEST:
                 title = f"{table['title']}: {s.column}".removesuffix(": accuracy %")
                 groups.setdefault(title, []).append(s)
     shapes = ['<text x="16" y="54"><tspan class="blue">● gain</tspan>&#8195;'
