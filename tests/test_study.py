@@ -1,8 +1,11 @@
 """tests/study.py: the rule of its readings, its plan, and that the report is what the data give."""
 
+import math
 import shlex
+from argparse import Namespace
 from xml.etree import ElementTree
 
+import numpy as np
 import pytest
 
 import study
@@ -38,11 +41,13 @@ def table_of(*names, **entries):
 
 def test_differences_are_paired_by_seed():
     rows = results_of("baseline", [10, None, 30, 40]) + results_of("fpq", [11, 22, 33])
-    baseline, fpq = study.settings(study.index(rows), table_of("baseline", "fpq"))
+    table = table_of("baseline", "fpq", reading=True)
+    baseline, fpq = study.settings(study.index(rows), table)
     assert fpq.accuracy == [11, 22, 33]
     assert fpq.differences == [1, 3]
     assert fpq.losses == [-1, -3]
     assert baseline.differences == []
+    assert "too few seeds | 2 of 5 |" in study.study_table(study.index(rows), table)
 
 
 def test_against_another_row():
@@ -53,12 +58,13 @@ def test_against_another_row():
 
 
 def test_full_precision_of_the_same_start():
-    rows = results_of("baseline", [60, 61], augment="none")
-    rows += results_of("fp", [70, 70], augment="none")
-    rows += results_of("fp", [50, 50], augment="flip")
+    rows = results_of("baseline", [60, 61], augment="none", data=7)
+    rows += results_of("fp", [70, 72], augment="none", data=7)
+    rows += results_of("fp", [50, 50], augment="flip", data=7)
+    rows += results_of("fp", [30, 30], augment="none", data=8)
     table = table_of("baseline", "full precision")
     table["rows"][1] = {"name": "full precision", "method": "fp"}
-    assert study.settings(study.index(rows), table)[1].differences == [10, 9]
+    assert study.settings(study.index(rows), table)[1].differences == [10, 11]
 
 
 def test_interval():
@@ -82,8 +88,21 @@ def test_reading(sample, published, expected):
 
 
 def test_detectable():
-    """The variances are 1 and 4, the sum of the quantiles 5.3634."""
-    assert study.detectable([[1, 2, 3], [0, 2, 4]]) == close(5.3634 * (2.5 / 3) ** 0.5, abs=1e-4)
+    """The variances are 1, of three values, and 4, of five; the sum of the quantiles 5.3634."""
+    pooled = (2 * 1 + 4 * 4) / 6
+    smallest = study.detectable([[1, 2, 3], [0, 0, 2, 4, 4]])
+    assert smallest == close(5.3634 * (pooled / 3) ** 0.5, abs=1e-4)
+
+
+@pytest.mark.parametrize("quantiles, probability", [(study.T_975, 0.975), (study.T_80, 0.8)])
+def test_quantiles(quantiles, probability):
+    """Student's density, integrated from 0 to the quantile."""
+    for freedom, quantile in enumerate(quantiles, 1):
+        x = np.linspace(0, quantile, 200_001)
+        log_factor = math.lgamma((freedom + 1) / 2) - math.lgamma(freedom / 2)
+        density = math.exp(log_factor) * (1 + x**2 / freedom) ** (-(freedom + 1) / 2)
+        area = np.trapezoid(density, x) / math.sqrt(freedom * math.pi)
+        assert 0.5 + area == close(probability, abs=2e-5)
 
 
 def test_table_says_what_has_not_run():
@@ -92,7 +111,29 @@ def test_table_says_what_has_not_run():
     text = study.study_table(study.index(rows), table)
     assert "| fpq | 4.00 | +2.00 [-0.48, +4.48] | -2.000 [-4.484, +0.484] |  |  | 3 of 5 |" in text
     assert "| kd | not run yet |  |  |  |  | 0 of 5 |" in text
-    assert "Of its 2 intervals 0.1 would" in text
+    assert "Smallest detectable difference, in points: 3.10." in text
+    assert "Of its 1 intervals of accuracy 0.05 would" in text
+
+
+def test_differences_of_few_seeds_do_not_blur_a_detectable_one():
+    rows = results_of("baseline", [0] * 5) + results_of("a", [1, 2, 3, 4, 5])
+    rows += results_of("b", [9, -9])
+    found = study.index(rows)
+    alone = study.study_table(found, table_of("baseline", "a", reading=True))
+    both = study.study_table(found, table_of("baseline", "a", "b", reading=True))
+    assert "Smallest detectable difference, in points: 2.63." in alone
+    assert "Smallest detectable difference, in points: 2.63." in both
+
+
+def test_columns_keep_their_bits_and_published_gains():
+    rows = results_of("baseline", [1] * 5) + results_of("fpq", [2] * 5)
+    rows += results_of("baseline", [1] * 5, wbits=4) + results_of("fpq", [4] * 5, wbits=4)
+    columns = [COLUMN | {"name": "W2"}, COLUMN | {"name": "W4", "wbits": 4}]
+    table = table_of("baseline", "fpq", columns=columns, reading=True)
+    table["rows"][1]["published"] = {"W4": 2.5}
+    text = study.study_table(study.index(rows), table)
+    assert "| W2: fpq | 2.00 | +1.00 [+1.00, +1.00] | -1.000 [-1.000, -1.000] |  | gain |" in text
+    assert "| W4: fpq | 4.00 | +3.00 [+3.00, +3.00] | -3.000 [-3.000, -3.000] | +2.50 |" in text
 
 
 def test_tuning_takes_the_best_mean_of_values_that_have_run():
@@ -102,11 +143,53 @@ def test_tuning_takes_the_best_mean_of_values_that_have_run():
     assert "| a | 1.50 | 1.50 |\n| b | 4.50 | **4.50** |\n| c | not run yet |  |" in text
 
 
+def test_tuning_compares_values_of_one_round():
+    rows = results_of("a", [1, 2])
+    rows += results_of("b", [5, 4], loss=1.5) + results_of("c", [0, 1], loss=-1.5)
+    columns = [COLUMN, COLUMN | {"name": "loss", "figure": "loss"}]
+    table = table_of("a", "b", "c", seeds=range(2), flag="--a", columns=columns)
+    table["rows"][1]["round"] = 1
+    text = study.tuning_table(study.index(rows), table)
+    assert "| a | 1.50 | -1.50 | **0.00** |\n" in text
+    assert "| b (round 1) | 4.50 | 1.50 | **3.00** |\n| c | 0.50 | -1.50 | -0.50 |" in text
+
+
 def test_half_written_line(tmp_path):
     file = tmp_path / "study.jsonl"
     file.write_text('{"a": 1}\n{"a": 2')
     study.append(file, [{"a": 3}, {"a": 4}])
     assert study.read(file) == [{"a": 1}, {"a": 3}, {"a": 4}]
+
+
+def test_a_command_leaves_its_own_rows(tmp_path, monkeypatch):
+    """Not those of seed 10, nor those of an earlier call; and none if it fails."""
+    out = tmp_path / "out"
+    out.mkdir()
+    data = tmp_path / "study.jsonl"
+    code = 0
+
+    def run(words, **_):
+        assert words[-5:] == ["--data-dir", str(tmp_path), "--out", str(out), "--resume"]
+        rows = [{"command": f"python fpq.py --seed {seed} --data-dir d", "acc": seed}
+                for seed in (1, 10)]
+        study.append(out / "results.jsonl", rows)
+        return Namespace(returncode=code)
+
+    monkeypatch.setattr(study.subprocess, "run", run)
+    study.run_one("python fpq.py --seed 1", data, tmp_path, out)
+    assert study.read(data) == [{"round": 2, "command": "python fpq.py --seed 1", "acc": 1}]
+    code = 2
+    study.run_one("python fpq.py --seed 10", data, tmp_path, out)
+    assert len(study.read(data)) == 1
+
+
+def test_commands_go_seed_by_seed():
+    table = table_of("a", "b", seeds=range(2))
+    table["rows"][0] |= {"flags": "--lr 1"}
+    assert [text.split()[3:] for text in study.commands([table, table])] == [
+        [method, *flags.split(), "--bits", "2", "--seed", seed]
+        for seed in "01" for method, flags in (("a", "--lr 1"), ("b", ""))
+    ]
 
 
 def test_commands_parse(called):
@@ -149,6 +232,10 @@ def test_pictures(tmp_path):
     study.append(tmp_path / "tuning.jsonl", [])
     files = study.report(tmp_path)
     del files["RESULTS.md"]
+    # A2, cr: no difference to the baseline in any seed; 570 is zero
+    assert 'cr - baseline</text><path class="faint" d="M570.0 ' in files["data/forest.svg"]
+    # A1 has no readings
+    assert "What you will get" not in files["data/forest.svg"]
     assert len(files) == 4
     for picture in files.values():
         ElementTree.fromstring(picture)
