@@ -244,6 +244,11 @@ class LSQPlus(Quantizer):
         super().__init__(bits)
         self.add_value("offset", torch.tensor(0.0))
 
+    @torch.no_grad()
+    def initialize(self, x: Tensor, candidates: int = 100) -> None:
+        self.offset.zero_()
+        super().initialize(x, candidates)
+
     def forward(self, x: Tensor) -> Tensor:
         beta = scale_gradient(self.offset, self.grad_scale(x))
         return super().forward(x - beta) + beta
@@ -364,7 +369,8 @@ def quantize(model: nn.Module, wbits: int, abits: int, quantizer: str = "lsq") -
     - a layer whose weight is computed anew in each pass: weight_norm, spectral_norm, pruning
 
     A warning names each parameter of two or more dimensions that stays in full precision. Raises
-    ValueError if `model` is quantized already.
+    ValueError if `model` is quantized already. If it has an nn.TransformerEncoderLayer, torch's fast
+    path for these is switched off, for all networks.
     """
     if quantizers_of(model):
         raise ValueError("the network is quantized already")
@@ -391,6 +397,9 @@ def quantize(model: nn.Module, wbits: int, abits: int, quantizer: str = "lsq") -
             module.b_quantizer = QUANTIZERS[quantizer](abits).to(like)
         elif module in quantized and module is not model:
             model.set_submodule(name, quantized[module])
+    if any(isinstance(module, nn.TransformerEncoderLayer) for module in model.modules()):
+        # In evaluation its fast path would read the weights past their quantizers
+        torch.backends.mha.set_fastpath_enabled(False)
     weights = {layer.weight for layer in quantized.values()}
     left = [name for name, p in model.named_parameters() if p.dim() > 1 and p not in weights]
     if left:

@@ -350,8 +350,8 @@ def swa_start(args: Namespace) -> int:
 def learning_rate(args: Namespace, step: int, steps_per_epoch: int) -> float:
     """The learning rate as a share of its peak; `step` counts from the start of training.
 
-    After a warm-up, a cosine down to 0 at the end. With --swa-rate r: a cosine down to 0 where SWA
-    starts, but never below r, and r from then on.
+    After a warm-up [choice], a cosine down to 0 at the end. With --swa-rate r: a cosine down to 0
+    where SWA starts, but never below r, and r from then on.
     """
     if not args.swa_rate:
         return common.cosine(step, args.fp_epochs * steps_per_epoch, warmup=0.1)

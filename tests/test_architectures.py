@@ -255,6 +255,23 @@ def test_the_attention_of_vit_tiny_is_torchs():
     close(mine(x, x, x, need_weights=False)[0], theirs(x, x, x)[0])
 
 
+@pytest.mark.filterwarnings("ignore:left in full precision")
+def test_torchs_own_transformer_is_quantized_in_evaluation_too():
+    """There its fast path would take the weights as they are, without gradients only."""
+    layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+    network = nn.Sequential(nn.Linear(8, 16), nn.TransformerEncoder(layer, 1), nn.Linear(16, 3))
+    x = normal(4, 5, 8)
+    try:
+        model = quantize(network, 2, 2)
+        calibrate(model, x)
+        model.eval()
+        with torch.no_grad():
+            evaluated = model(x)
+        same(evaluated, model(x))
+    finally:
+        torch.backends.mha.set_fastpath_enabled(True)
+
+
 def test_first_and_last_layer_are_by_definition_and_what_is_left_is_named():
     """The head is defined first, and one layer has two names."""
     network = nn.Module()

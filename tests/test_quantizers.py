@@ -168,6 +168,8 @@ def test_lsq_plus_value_and_gradients_match_the_closed_form():
     by_step_size = (g * torch.where(inside, whole - v, whole)).sum()
     close(q.step_size.grad, by_step_size / math.sqrt(200 * 3))
     close(q.offset.grad, (g * ~inside).sum() / math.sqrt(200 * 3))
+    q.initialize(x)  # anew: beta is 0 again
+    same(q(x), lsq(x))
 
 
 @pytest.mark.parametrize("bits,zero", [
