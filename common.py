@@ -369,8 +369,8 @@ def quantize(model: nn.Module, wbits: int, abits: int, quantizer: str = "lsq") -
     - a layer whose weight is computed anew in each pass: weight_norm, spectral_norm, pruning
 
     A warning names each parameter of two or more dimensions that stays in full precision. Raises
-    ValueError if `model` is quantized already. If it has an nn.TransformerEncoderLayer, torch's fast
-    path for these is switched off, for all networks.
+    ValueError if `model` is quantized already. If it has an nn.TransformerEncoderLayer, torch's
+    fast path for these is switched off, for all networks.
     """
     if quantizers_of(model):
         raise ValueError("the network is quantized already")
