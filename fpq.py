@@ -217,8 +217,8 @@ def fpq(student, teacher, images, labels, args):
     """FPQ, Eq. 22: the loss of `csd`, with the student perturbed.
 
     The paper's sum has no weight. Our mean is much smaller, so it has one, --csd-weight [choice].
-    On held-out images, after training with all others, `csd` was hardly better with 0.01 than with
-    the default, and worse with larger weights. With 5,000 training images 100 was the best, by the
+    On held-out images, after training with all others, `csd` with 0.01 or the default was like the
+    baseline, and worse with larger weights. With 5,000 training images 100 was the best, by the
     mean of runs with and without augmentation. At 100 the gradient of the term is about eight times
     that of the cross-entropy.
     """
