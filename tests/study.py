@@ -213,8 +213,7 @@ def study_table(found: dict, table: dict) -> str:
     if smallest:
         notes += f" Smallest detectable difference, in points: {', '.join(smallest)}."
     if intervals:
-        notes += (f" Of its {intervals} intervals of accuracy {intervals / 20:g} would miss 0 by "
-                  "chance.")
+        notes += f" Intervals of accuracy: {intervals}; by chance {intervals / 20:g} would miss 0."
     if "note" in table:
         notes += f" {table['note']}"
     lines = ["| setting | accuracy % | difference | loss difference | published | reading "

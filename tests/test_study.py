@@ -112,7 +112,7 @@ def test_table_says_what_has_not_run():
     assert "| fpq | 4.00 | +2.00 [-0.48, +4.48] | -2.000 [-4.484, +0.484] |  |  | 3 of 5 |" in text
     assert "| kd | not run yet |  |  |  |  | 0 of 5 |" in text
     assert "Smallest detectable difference, in points: 3.10." in text
-    assert "Of its 1 intervals of accuracy 0.05 would" in text
+    assert "Intervals of accuracy: 1; by chance 0.05 would miss 0." in text
 
 
 def test_differences_of_few_seeds_do_not_blur_a_detectable_one():
