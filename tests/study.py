@@ -216,6 +216,9 @@ def study_table(found: dict, table: dict) -> str:
         notes += f" Intervals of accuracy: {intervals}; by chance {intervals / 20:g} would miss 0."
     if "note" in table:
         notes += f" {table['note']}"
+    if not any(s.accuracy for s in done):
+        notes += f" Not run yet: {'; '.join(dict.fromkeys(s.name for s in done))}."
+        return f"### {table['title']}\n\n{notes}"
     lines = ["| setting | accuracy % | difference | loss difference | published | reading "
              "| seeds |\n|---|---|---|---|---|---|---|"]
     for s in done:
@@ -408,7 +411,8 @@ def report(data: Path = DATA) -> dict[str, str]:
             "further epochs. Published gains are from the papers' own settings, which differ from "
             "ours in network, images and epochs. Those of FPQ and KD are of ResNet-18 or "
             "MobileNetV2 on CIFAR-10; that of DNQ is of ResNet-18 on CIFAR-100, after a stronger "
-            "quantization.",
+            "quantization. New batch norm has its statistics from the rounded network, on the 100 "
+            "images of calibration.",
             *[study_table(found, table) for table in PLAN["study"]],
             "## Tuning",
             "Mean accuracy on held-out training images, once both seeds have run. The value with "
@@ -423,9 +427,9 @@ def report(data: Path = DATA) -> dict[str, str]:
             "named \"again\" tells whether the edge of round 1 has been passed.",
             *[tuning_table(tuned, table) for table in PLAN["tuning"]],
             "## First round",
-            "Three seeds of earlier code, for what the study does not repeat. The weights are of "
-            "that time, as `data/study.jsonl` has them: for ResNet-18 and W4A4 CSD 1, for "
-            "ResNet-18 lambda 1 and beta 1.",
+            "Three seeds of earlier code, for what the study does not repeat or has not run yet. "
+            "The weights are of that time: CSD 1, KD 1, beta 1, DNQ's lambda 2; for CR lambda 0.3 "
+            "and an average of 0.9, but with ResNet-18 1 and 0.999.",
             *[study_table(found, table) for table in PLAN["first round"]]]
     return files | {"RESULTS.md": "\n\n".join(page) + "\n"}
 

@@ -113,6 +113,7 @@ def test_table_says_what_has_not_run():
     assert "| kd | not run yet |  |  |  |  | 0 of 5 |" in text
     assert "Smallest detectable difference, in points: 3.10." in text
     assert "Intervals of accuracy: 1; by chance 0.05 would miss 0." in text
+    assert study.study_table({}, table).endswith("Not run yet: baseline; fpq; kd.")
 
 
 def test_differences_of_few_seeds_do_not_blur_a_detectable_one():
