@@ -929,8 +929,9 @@ def sharpness(model: nn.Module, data: Data, probes: int = 4, iters: int = 0) -> 
     """[trace, its standard error] of the loss's Hessian with respect to the layers' weights.
 
     This is the trace of FPQ's Fig. 5. With iters > 0 the top eigenvalue is the third entry.
-    Loss and batch norm's statistics are of 256 training images [choice]. Works
-    on a copy of `model`.
+    Loss and batch norm's statistics are of 256 training images [choice]. Works on a copy of
+    `model`. If weights before batch norm are scaled, the network computes the same, but the trace
+    changes. So it also tells how large the weights are.
     """
     images, labels = data.sample(256)
     model = copy.deepcopy(model)
