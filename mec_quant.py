@@ -10,13 +10,13 @@ mixture of experts handles, fast.
 We had only the abstract and summaries, which name the coding length and the experts. The length is
 that of Ma et al. 2007, its Taylor series that of Liu et al. 2022 (MEC). The rest is ours, marked
 [choice]: what the features are, and how the experts share the images. We code directions: features
-minus their mean over the batch, scaled to norm 1. Their norms have a long tail, but scaling removes
-it. So our experts have no tail to handle; they do something else. An expert has no weights: it is a
-soft group of images whose features had a similar norm. Its term is the coding length of their
+minus their mean over the batch, scaled to norm 1. That removes a tail of their norms, if there is
+one. So our experts have no tail to handle; they do something else. An expert has no weights: it is
+a soft group of images whose features had a similar norm. Its term is the coding length of their
 directions, so that training spreads the directions within each group. The method `mec` has no
-experts, and `random` has random ones. Whether the authors' experts work like this, we do not know.
-The formula of the mixture is that of Yu et al. 2020 (maximal coding rate reduction), who make it
-small within given classes; we make it large.
+experts, and `random` has random ones; gradients of all three are almost parallel. Whether the
+authors' experts work like this, we do not know. The formula of the mixture is that of Yu et al.
+2020 (maximal coding rate reduction), who make it small within given classes; we make it large.
 
     symbol                                                                             from
     Z: m x d              normalized_rows(features): m images, d features              [choice]
@@ -189,10 +189,11 @@ def moe_coding_length(z: Tensor, gates: Tensor, *, eps2: float, z2: Tensor | Non
 def scale_gates(magnitudes: Tensor, experts: int) -> Tensor:
     """pi, m x K: how much of each image belongs to each expert, by its magnitude [choice].
 
-    magnitudes: m, the norms of the images' features before `normalized_rows`. The long tail of the
-    abstract made us group images by scale. Expert k has a Gaussian over log-magnitudes. Its mean is
-    their (k + 1/2) / K quantile in the batch. Its width is their standard deviation in the batch,
-    divided by K. pi_jk is Gaussian k at image j, divided by the sum of all K. No gradient flows.
+    magnitudes: m, the norms of the images' features before `normalized_rows`. We group by scale,
+    because a long tail, as of the abstract's weights or activations, mixes scales. Expert k has a
+    Gaussian over log-magnitudes. Its mean is their (k + 1/2) / K quantile in the batch. Its width
+    is their standard deviation in the batch, divided by K. pi_jk is Gaussian k at image j, divided
+    by the sum of all K. No gradient flows.
     """
     log_magnitudes = magnitudes.detach().clamp_min(common.TINY).log()
     numbers = torch.arange(experts, device=magnitudes.device, dtype=magnitudes.dtype)
