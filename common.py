@@ -458,8 +458,9 @@ def calibrate(
 def export_int(qmodel: nn.Module) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
     """{layer: (weight as int8, scale, zero point)} of all quantized layers.
 
-    (weight - zero point) * scale is bit-equal to what the network multiplies by. Scale and zero
-    point broadcast against the weight.
+    (weight - zero point) * scale is bit-equal to what the network multiplies by. Both integers are
+    2^(bits - 1) smaller than x_int and z of `fake_quantize`, to fit into int8. Scale and zero point
+    broadcast against the weight.
     """
     integers = {}
     for name, layer in weight_layers(qmodel).items():
