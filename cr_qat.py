@@ -201,7 +201,11 @@ def fp_teacher(student, average, network, views, labels, ramp, args):
 
 
 def cr(student, average, network, views, labels, ramp, args):
-    """CR: the moving average of the student is the teacher, and quantizes as well."""
+    """CR: the moving average of the student is the teacher, and quantizes as well.
+
+    The default is --augment for both views. With --augment none they are equal, and what is left
+    of the consistency is that of the student with its past.
+    """
     return consistent(student, average, views, labels, ramp, args)
 
 
