@@ -267,7 +267,11 @@ def mixture(student, images, labels, args, gates_of, other=None):
 
 
 def mec_quant(student, teacher, images, labels, args):
-    """MEC-Quant with one branch: the student's features alone."""
+    """MEC-Quant with one branch: the student's features alone.
+
+    The default of --beta was the best above 0 on held-out images. With 2 bits and resnet8 the
+    gradient of the term is then 1 to 3 % of that of the cross-entropy; --diagnose prints it.
+    """
     return mixture(student, images, labels, args, scale_gates)
 
 
