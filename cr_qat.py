@@ -67,8 +67,8 @@ def parse_args() -> Namespace:
     common.qat_flags(parser)
     number = common.number
     flag = parser.add_argument
-    flag("--lambda-max", type=number(float, 0, 1e6), default=3.0,
-         help="full weight of the consistency term (default: 3)")
+    flag("--lambda-max", type=number(float, 0, 1e6), default=0.3,
+         help="full weight of the consistency term (default: 0.3)")
     flag("--ramp-epochs", type=number(float, 0, 1e6), default=2.0,
          help="epochs until that weight is full (default: 2)")
     flag("--ema", type=number(float, 0, 1), default=0.9,
