@@ -417,9 +417,9 @@ def report(data: Path = DATA) -> dict[str, str]:
             "## Tuning",
             "Mean accuracy on held-out training images, once both seeds have run. The value with "
             "the best mean over all columns is bold. If it is at the edge, values beyond it are "
-            "tried. A weight of 0 is the baseline; the study takes the best weight above 0. The two "
-            "tables of MEC-Quant's single branch count as one. The tables of 5,000 images give the "
-            "weights of the study's tables of 5,000 images, those of all images the defaults.",
+            "tried. A weight of 0 is the baseline; the study takes the best weight above it. The "
+            "two tables of MEC-Quant's single branch count as one. The tables of 5,000 images give "
+            "the weights of the study's tables of 5,000 images, those of all images the defaults.",
             "Values of round 1 are from earlier code, and both of its seeds have the images of "
             "seed 0. Seed 1 of today's code has images of its own, on which full precision is 3 "
             "points lower. So values of one round can be compared, and of each round the best is "
