@@ -217,10 +217,10 @@ def fpq(student, teacher, images, labels, args):
     """FPQ, Eq. 22: the loss of `csd`, with the student perturbed.
 
     The paper's sum has no weight. Our mean is much smaller, so it has one, --csd-weight [choice].
-    The default has the best accuracy of `csd` on held-out images, after training with all others.
-    But there it is like the baseline: smaller weights do nothing, larger ones do harm. With 5,000
-    training images 100 was the best, by the mean of runs with and without augmentation. At 100 the
-    gradient of the term is about eight times that of the cross-entropy.
+    The default was the best above 0 for `csd` on held-out images, after training with all others.
+    It is like the baseline there, and larger weights are worse. With 5,000 training images 100 was
+    the best, by the mean of runs with and without augmentation. At 100 the gradient of the term is
+    about eight times that of the cross-entropy.
     """
     with perturbed(student, args.p, args.noise_at):  # Eq. 14, 16
         return csd(student, teacher, images, labels, args)  # Eq. 22
