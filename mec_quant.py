@@ -14,7 +14,7 @@ minus their mean over the batch, scaled to norm 1. That removes a tail of their 
 one. So our experts have no tail to handle; they do something else. An expert has no weights: it is
 a soft group of images whose features had a similar norm. Its term is the coding length of their
 directions, so that training spreads the directions within each group. The method `mec` has no
-experts, and `random` has random ones; gradients of all three are almost parallel. Whether the
+experts, and `random` has random ones; the gradients of their terms are almost parallel. Whether the
 authors' experts work like this, we do not know. The formula of the mixture is that of Yu et al.
 2020 (maximal coding rate reduction), who make it small within given classes; we make it large.
 

@@ -258,6 +258,17 @@ def test_ptq_rounds_as_was_measured_and_fits_the_inputs_of_evaluation(
     assert rows[0]["acc_batch_norm"] > rows[0]["acc"]
 
 
+def test_printed_errors_are_those_that_the_noise_imitates(parse, tiny_data, network, monkeypatch):
+    network[0][1].running_var.fill_(1e-4)
+    found = []
+    monkeypatch.setattr(flat_quant, "error_decomposition",
+                        lambda layer, x: found.append((layer.input_quantizer, x)) or {})
+    args = parse("flat_quant", "--wbits 2 --abits 4")
+    flat_quant.print_errors(args, tiny_data, network.eval())
+    for quantizer, x in found[1:-1]:
+        same(quantizer(x) - x, quantization_error(x, common.Quantizer(4)))
+
+
 @pytest.mark.usefixtures("tiny_networks")
 def test_tables_as_a_user_reads_them(run, monkeypatch):
     """The drop is the accuracy in full precision less that after PTQ."""
