@@ -5,21 +5,24 @@ The idea. Rounding moves the weights and features of a network; where the loss i
 little harm. Noise d of mean 0 raises the expected loss by about E[d^2] Tr(H) / 2, where H is the
 loss's Hessian with respect to what d moves (Eq. 7). So training under noise makes the loss flat
 without computing H. FPQ adds uniform noise to the quantized inputs of random layers. The noise is
-as wide as the quantizer's step size, the distance of two neighbouring quantized values. FPQ also
-pulls the output of each layer but the classifier towards that of the full-precision network, the
-teacher, after standardizing both.
+as wide as the quantizer's step size s, the distance of two neighbouring quantized values, so
+E[d^2] = s^2 / 12. FPQ also pulls the output of each layer but the classifier towards that of the
+full-precision network, the teacher, after standardizing both.
 
 The equations are the paper's. What it leaves open is ours and marked [choice]. In the paper, z
 without an index is the zero point, the integer that stands for 0; `fake_quantize` in common.py is
-Eq. 3. z_l is the output of layer l. We call these outputs features.
+Eq. 3. z_l is the output of layer l, and x_l its quantized input. FPQ perturbs x_l and distils z_l;
+we call both features.
 
     paper                            here
     s_l, z, q (bits)                 input_quantizer.step_size, .zero_point, .bits     Eq. 3-5
     delta ~ U[-s_l/2, s_l/2], p      stochastic_feature_perturbation(x, step_size, p)  Eq. 9, 14
-    z_l = w_hat * (x_l + delta)      perturbed(student, p); w_hat, x_l are quantized   Eq. 16
+    z_l = w_hat * (x_l + delta)      perturbed(student, p) adds delta to x_l; the      Eq. 16
+                                     product is in common.QuantLayer.forward
     z_l standardized                 standardize(features)                             Eq. 15
     L_CSD                            csd_loss(student_feats, teacher_feats)            Eq. 17
     L = L_CE + L_CSD                 fpq(student, ...); our L_CSD has a weight         Eq. 22
+    Algorithm 1                      train(...)
 
     python fpq.py --bits 2                         full precision; LSQ (learned step sizes); FPQ
     python fpq.py --bits 2 --ablate --diagnose     all methods, the paper's figures as numbers
@@ -37,8 +40,9 @@ from common import Checkpoint, Data, Progress, calibrate, feature_layers, hooked
 from torch import Tensor, nn
 
 # What --recipe paper sets: section 4 of the paper, and our guesses [choice] where it is silent. The
-# stem, the first layers of ResNet-18, is a guess. The paper's accuracy in full precision is what we
-# expect of --stem imagenet, torchvision's own, on CIFAR-10, and of --stem cifar on CIFAR-100.
+# stem is the first layers of ResNet-18. We guess it from the paper's accuracy in full precision:
+# torchvision's own, "imagenet", on CIFAR-10. On CIFAR-100 it points to "cifar": add --stem cifar.
+# The weight of CSD keeps its default.
 PAPER = {
     "model": "resnet18",
     "dataset": "cifar10",
@@ -88,8 +92,8 @@ def stochastic_feature_perturbation(x: Tensor, step_size: Tensor, p: float) -> T
     """
     if torch.rand(()) >= p:  # Eq. 14; on the CPU, so that no device is waited for
         return x
-    delta = torch.empty_like(x).uniform_(-0.5, 0.5)
-    return x + delta * step_size.detach()  # Eq. 9
+    delta = torch.empty_like(x).uniform_(-0.5, 0.5) * step_size.detach()
+    return x + delta  # Eq. 9
 
 
 def standardize(features: Tensor, eps: float = 1e-5) -> Tensor:
@@ -111,12 +115,14 @@ def standardize(features: Tensor, eps: float = 1e-5) -> Tensor:
 def csd_loss(student_feats: list[Tensor], teacher_feats: list[Tensor]) -> Tensor:
     """CSD, channel-wise standardized distillation, Eq. 17.
 
-        L_CSD = mean over layers, and over all elements, of (z~_student - z~_teacher)^2
+        L_CSD = mean over layers of the mean over elements of (z~_student - z~_teacher)^2
 
     Both lists hold the outputs, N x C x ..., of the same layers. We take means where the paper has
     sums [choice], because a sum grows with batch, image and depth. We expect that it would drown
-    the cross-entropy. In one channel, the mean squared distance is 2 (1 - r), where r is the
-    correlation of student and teacher. So CSD raises the correlation.
+    the cross-entropy. Our layers count equally; in the paper's sum a layer counts by its number of
+    elements, so no weight of ours gives quite the same loss. In one channel, the mean squared
+    distance is 2 (1 - r), where r is the correlation of student and teacher. So CSD raises the
+    correlation.
     """
     distances = []
     for student, teacher in zip(student_feats, teacher_feats, strict=True):
@@ -129,15 +135,14 @@ def csd_loss(student_feats: list[Tensor], teacher_feats: list[Tensor]) -> Tensor
 
 
 def perturbed(student: nn.Module, p: float, noise_at: str = "operand"):
-    """A context in which SFP acts on the inputs of all layers but the classifier.
+    """A context in which every pass through `student` has SFP at all layers but the classifier.
 
-    It is done by hooks on the quantizers of these inputs. noise_at "operand" puts the noise on the
+    It is done by hooks on the layers' quantizers. noise_at "operand" puts the noise on the
     quantized input, as in Eq. 16. "input" puts it on the input before it is quantized, so that
     rounding becomes stochastic. "weight" puts it on the quantized weights instead; Fig. 2 compares
-    this with noise on features. Both factors of attention's products, q k^T and softmax times v,
+    this with noise on inputs. Both factors of attention's products, q k^T and softmax times v,
     count as inputs [choice].
     """
-
     kind = "weight_quantizer" if noise_at == "weight" else "input_quantizer"
     sites = [getattr(layer, kind, None) for layer in feature_layers(student)]
     if noise_at != "weight":
@@ -193,37 +198,37 @@ def layer_outputs(model: nn.Module) -> Iterator[list[Tensor]]:
 def baseline(
     student: nn.Module, teacher: nn.Module, images: Tensor, labels: Tensor, args: Namespace
 ) -> Tensor:
-    """QAT with the quantizer and nothing else."""
+    """QAT with the quantizer, by default LSQ, and nothing else."""
     return F.cross_entropy(student(images), labels)
 
 
 def sfp(student, teacher, images, labels, args):
-    """Half of FPQ: feature perturbation."""
+    """FPQ without distillation: feature perturbation only."""
     with perturbed(student, args.p, args.noise_at):  # Eq. 14, 16
         return F.cross_entropy(student(images), labels)
 
 
 def csd(student, teacher, images, labels, args):
-    """The other half: standardized distillation. The teacher is in eval mode and never trained."""
+    """FPQ without noise. The teacher is in eval mode and never trained."""
     with layer_outputs(student) as student_feats:
         logits = student(images)
     with torch.no_grad(), layer_outputs(teacher) as teacher_feats:
         teacher(images)
     distance = csd_loss(student_feats, teacher_feats)  # Eq. 17
-    return F.cross_entropy(logits, labels) + args.csd_weight * distance
+    return F.cross_entropy(logits, labels) + args.csd_weight * distance  # Eq. 22
 
 
 def fpq(student, teacher, images, labels, args):
     """FPQ, Eq. 22: the loss of `csd`, with the student perturbed.
 
     The paper's sum has no weight. Our mean is much smaller, so it has one, --csd-weight [choice].
-    The default was the best above 0 for `csd` on held-out images, after training with all others.
-    It is like the baseline there, and larger weights are worse. With 5,000 training images 100 was
-    the best, by the mean of runs with and without augmentation. At 100 the gradient of the term is
-    about eight times that of the cross-entropy.
+    With 5,000 training images 100 was the best on held-out images, by the mean of runs with and
+    without augmentation. There the gradient of the term is about eight times that of the
+    cross-entropy. With all training images smaller weights were better down to the default, which
+    hardly acts: `fpq` is then little more than `sfp`.
     """
     with perturbed(student, args.p, args.noise_at):  # Eq. 14, 16
-        return csd(student, teacher, images, labels, args)  # Eq. 22
+        return csd(student, teacher, images, labels, args)  # the teacher has no hooks, so no noise
 
 
 def kd(student, teacher, images, labels, args):
@@ -296,7 +301,7 @@ def train(
         notes = measure_epoch(args, data, method, student, teacher) if args.diagnose else {}
         # Evaluation on some test images, checkpoint, a printed row
         common.end_epoch(checkpoint, progress, **notes)
-    # New statistics for batch norm, evaluation on all test images, a line of results.jsonl
+    # Renew batch norm's statistics, evaluate on all test images, append a line to results.jsonl
     row = common.finish(checkpoint)
     return student.eval(), row
 
@@ -309,13 +314,14 @@ def measure_epoch(
 ) -> dict:
     """Numbers measured on 256 training images, with respect to the weights of all layers.
 
-    gradient: the norm of the gradient of the method's loss, noise included, Fig. 2
-    trace: that of the cross-entropy's Hessian, without noise, Fig. 5, with its standard error
+    gradient: the norm of the gradient of the method's loss, Fig. 2, under one draw of coins and
+        noise, the same after each epoch
+    trace: the trace of the cross-entropy's Hessian, without noise, Fig. 5, with its standard error
     ratio: |gradient of the term that the method adds| / |gradient of the cross-entropy|; 0 for
         methods that add no term
 
-    The noise flattens the loss with respect to features. The paper's figures show flatness with
-    respect to weights, but the paper does not prove that one implies the other.
+    The noise flattens the loss with respect to the layers' inputs. The paper's figures show
+    flatness with respect to weights, but the paper does not prove that one implies the other.
     """
     student = copy.deepcopy(student)
     images, labels = data.sample(256)
