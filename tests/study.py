@@ -412,7 +412,9 @@ def report(data: Path = DATA) -> dict[str, str]:
             "ours in network, images and epochs. Those of FPQ and KD are of ResNet-18 or "
             "MobileNetV2 on CIFAR-10. That of DNQ is of its authors' later draft: ResNet-18 on "
             "CIFAR-100, one seed, after a stronger quantization. New batch norm has its statistics "
-            "from the rounded network, on the 100 images of calibration; its loss is not recorded.",
+            "from the rounded network, on the 100 images of calibration; its loss is not recorded. "
+            "Accuracy is over all seeds of a row, a difference over those that both rows have. All "
+            "images are of a JPEG-compressed copy of CIFAR-10.",
             *[study_table(found, table) for table in PLAN["study"]],
             "## Tuning",
             "Mean accuracy on held-out training images, once both seeds have run. The value with "
